@@ -1,0 +1,217 @@
+"""Picture files <-> tensors; resize, pad, colour."""
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from .weights import write_atomically
+
+READABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION = 0x0112  # EXIF
+
+
+class PictureError(ValueError):
+    """A picture file that can't be read or written; the message says what was found and what to do."""
+
+
+class Picture(NamedTuple):
+    """A picture and what has to be kept with it."""
+
+    pixels: Tensor  # (H, W, C) fp32 in 0..1; C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA
+    bits: int  # 8 or 16 a channel
+    icc_profile: bytes | None  # of the pixels as they stand
+    exif: bytes | None  # upright: the orientation is applied to the pixels
+
+
+# --- files
+
+
+def read_picture(path: str | os.PathLike[str]) -> Picture:
+    """Read a PNG, JPEG, WebP, TIFF, BMP or GIF (its first frame): upright, palettes resolved.
+
+    16-bit grey and 16-bit PNG keep their depth; CMYK becomes RGB without its profile. Raises PictureError.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            profile = image.info.get("icc_profile")
+            mode, is_png = image.mode, image.format == "PNG"
+            image.load()
+            exif = image.getexif()
+            turned = ImageOps.exif_transpose(image)
+            if is_png and _png_depth(path) == 16 and mode in ("RGB", "RGBA", "LA"):
+                pixels, bits = _read_png16(path), 16  # Pillow would give 8
+                if exif.get(_ORIENTATION, 1) != 1:
+                    pixels = _turn(pixels, exif[_ORIENTATION])
+            else:
+                pixels, bits = _to_array(turned)
+            if mode not in ("RGB", "RGBA", "P", "PA", "L", "LA", "1", "I;16", "I;16B", "I"):
+                profile = None
+            exif.pop(_ORIENTATION, None)
+            return Picture(torch.from_numpy(pixels), bits, profile, exif.tobytes() if len(exif) else None)
+    except FileNotFoundError:
+        raise PictureError(f"{path} doesn't exist") from None
+    except UnidentifiedImageError:
+        size = path.stat().st_size
+        what = "is empty" if size == 0 else f"is not a picture ({size} bytes of something else)"
+        raise PictureError(f"{path} {what}; give a {', '.join(READABLE)} file") from None
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{path}: {error}; cut it into smaller pictures first") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        raise PictureError(f"{path} can't be read: {error}; the file may be cut short or damaged") from error
+
+
+def _to_array(image: Image.Image) -> tuple[np.ndarray[Any, Any], int]:
+    """(H, W, C) fp32 in 0..1 and the bit depth."""
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        return (np.asarray(image, dtype=np.float32) / 65535).clip(0, 1)[..., None], 16
+    if "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "LA", "RGB", "RGBA"):
+        image = image.convert("RGB")
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    return pixels[..., None] if pixels.ndim == 2 else pixels, 8
+
+
+def _png_depth(path: Path) -> int:
+    with path.open("rb") as file:
+        return file.read(25)[24]
+
+
+def _read_png16(path: Path) -> np.ndarray[Any, Any]:
+    import png
+
+    width, height, rows, info = png.Reader(filename=str(path)).asDirect()
+    values = np.vstack([np.asarray(row, dtype=np.uint16) for row in rows])
+    return values.reshape(height, width, info["planes"]).astype(np.float32) / 65535
+
+
+def _turn(pixels: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any]:
+    """Undo an EXIF orientation, as ImageOps.exif_transpose does."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    vertical, horizontal = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return np.ascontiguousarray(pixels[:: -1 if vertical else 1, :: -1 if horizontal else 1])
+
+
+def check_writable(path: str | os.PathLike[str], channels: int = 3, *, overwrite: bool = False) -> None:
+    """Raise PictureError if a picture with so many channels can't go to `path`, before any work is done for it."""
+    path = Path(path)
+    if path.suffix.lower() not in WRITABLE:
+        raise PictureError(f"{path}: can't write {path.suffix or 'a file without suffix'}; use {', '.join(WRITABLE)}")
+    if channels in (2, 4) and WRITABLE[path.suffix.lower()] == "JPEG":
+        raise PictureError(f"{path}: JPEG has no transparency, and this picture has; write .png, .webp or .tif")
+    if path.exists() and not overwrite:
+        raise PictureError(f"{path} exists; nothing was written. Choose another name, or allow it with --overwrite")
+    if not path.parent.is_dir():
+        raise PictureError(f"folder {path.parent} doesn't exist")
+    if not os.access(path.parent, os.W_OK):
+        raise PictureError(f"folder {path.parent} can't be written to")
+
+
+def write_picture(path: str | os.PathLike[str], picture: Picture, *, overwrite: bool = False) -> None:
+    """Write a picture as its suffix says, atomically; 16 bit where the format and Pillow can. Raises PictureError."""
+    path = Path(path)
+    check_writable(path, picture.pixels.shape[2], overwrite=overwrite)
+    kind = WRITABLE[path.suffix.lower()]
+    channels = picture.pixels.shape[2]
+    values = picture.pixels.clamp(0, 1).numpy()
+    keep: dict[str, Any] = {"icc_profile": picture.icc_profile, "exif": picture.exif}
+    keep = {name: value for name, value in keep.items() if value}
+    options: dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
+    save: Callable[[Any], None]
+    if picture.bits == 16 and kind == "PNG" and channels > 1:
+        encoded = _png16(values, picture.icc_profile, picture.exif)
+
+        def save(file: Any) -> None:
+            file.write(encoded)
+    else:
+        if picture.bits == 16 and channels == 1 and kind in ("PNG", "TIFF"):
+            image = Image.fromarray((values[..., 0] * 65535).round().astype(np.uint16))
+        else:
+            levels = (values * 255).round().astype(np.uint8)
+            image = Image.fromarray(levels[..., 0] if channels == 1 else levels)
+
+        def save(file: Any) -> None:
+            image.save(file, format=kind, **options, **keep)
+
+    try:
+        write_atomically(path, save)
+    except (OSError, ValueError) as error:
+        raise PictureError(f"{path} can't be written: {error}") from error
+
+
+def _png16(values: np.ndarray[Any, Any], icc_profile: bytes | None, exif: bytes | None) -> bytes:
+    import png
+
+    height, width, channels = values.shape
+    writer = png.Writer(width, height, greyscale=channels <= 2, alpha=channels in (2, 4), bitdepth=16, compression=3)
+    buffer = io.BytesIO()
+    writer.write(buffer, (values * 65535).round().astype(np.uint16).reshape(height, -1))
+
+    def chunks() -> Iterator[tuple[bytes, bytes]]:
+        for kind, data in png.Reader(bytes=buffer.getvalue()).chunks():
+            yield kind, data
+            if kind == b"IHDR" and icc_profile:
+                yield b"iCCP", b"ICC\0\0" + zlib.compress(icc_profile)
+            if kind == b"IHDR" and exif:
+                yield b"eXIf", exif.removeprefix(b"Exif\0\0")
+
+    result = io.BytesIO()
+    png.write_chunks(result, chunks())
+    return result.getvalue()
+
+
+# --- tensors
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic with antialiasing (a = -0.5, Pillow's kernel), (B, C, h, w) -> (B, C, *size), not clamped."""
+    return F.interpolate(x, size=tuple(size), mode="bicubic", antialias=True, align_corners=False)
+
+
+def pad_by_reflection(x: Tensor, height: int, width: int) -> Tensor:
+    """Continue (B, C, h, w) to the right and below by reflection, as often as it takes; one pixel is repeated."""
+
+    def reflected(length: int, target: int) -> Tensor:
+        period = max(2 * (length - 1), 1)
+        index = torch.arange(target, device=x.device) % period
+        return torch.where(index < length, index, period - index)
+
+    return x[:, :, reflected(x.shape[2], height)][..., reflected(x.shape[3], width)]
+
+
+def match_mean_deviation(x: Tensor, reference: Tensor) -> Tensor:
+    """Give every channel of (B, C, H, W) the mean and deviation of the reference's."""
+    (mean, deviation), (wanted_mean, wanted_deviation) = (
+        (t.mean((2, 3), keepdim=True), t.std((2, 3), keepdim=True, correction=0)) for t in (x, reference)
+    )
+    return (x - mean) * (wanted_deviation / deviation.clamp(min=1e-5)) + wanted_mean
+
+
+def match_low_frequencies(x: Tensor, reference: Tensor, levels: int = 5) -> Tensor:
+    """Replace what of (B, C, H, W) is coarser than 2^levels pixels by the reference's (a trous wavelet residue)."""
+
+    def low(t: Tensor) -> Tensor:
+        kernel = torch.tensor([0.25, 0.5, 0.25], dtype=t.dtype, device=t.device).expand(t.shape[1], 1, -1)
+        for level in range(levels):
+            step = 2**level
+            t = F.conv2d(F.pad(t, (step, step, 0, 0), "replicate"), kernel[:, :, None], dilation=(1, step), groups=t.shape[1])
+            t = F.conv2d(F.pad(t, (0, 0, step, step), "replicate"), kernel[..., None], dilation=(step, 1), groups=t.shape[1])
+        return t
+
+    return x + low(reference - x)

@@ -1,0 +1,190 @@
+"""Inf-DiT's weights files: names on disk (those of the published file) and in the code, hyper-parameters, loading."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..weights import DEFAULT_WEIGHTS, WeightsError, WeightsFile, open_weights, save_weights
+from .config import CHANNELS, LR_PATCH_SIZE, InfDiTConfig, Preset
+from .model import InfDiT
+
+DEFAULT_FILE = DEFAULT_WEIGHTS / "infdit_nano.safetensors"
+CLIP_PREFIX = "image_encoder.model."  # the CLIP image tower inside the published file
+
+_ADALN = "mixins.adaln_layer."
+_TRANSFORMER = "transformer.layers.{}."
+
+# Modules, each with a weight and a bias: on disk -> in the code.
+_MODULES = {
+    "mixins.patch_embed.proj": "patch_embed",
+    _ADALN + "proj_lr": "lr_embed",
+    "time_embed.mlp.0": "time_in",
+    "time_embed.mlp.2": "time_out",
+    "cond_embed.map_vector.0": "semantic_in",
+    "cond_embed.map_vector.2": "semantic_out",
+    _ADALN + "cross_attention.query": "layers.0.cross.query",
+    _ADALN + "cross_attention.key_value": "layers.0.cross.key_value",
+    _ADALN + "cross_attention.dense": "layers.0.cross.out",
+    _ADALN + "cross_q_ln": "layers.0.cross.query_norm",
+    _ADALN + "cross_k_ln": "layers.0.cross.key_norm",
+    _ADALN + "post_cross_attention_layernorm": "layers.0.post_cross_norm",
+    "mixins.final_layer.adaLN_modulation.1": "final_modulation",
+    "mixins.final_layer.linear": "final",
+}
+# The same for every layer {}.
+_LAYER_MODULES = {
+    _ADALN + "adaLN_modulations.{}.1": "layers.{}.modulation",
+    _TRANSFORMER + "attention.query_key_value": "layers.{}.qkv",
+    _ADALN + "q_layer_norm.{}": "layers.{}.qk_norm",
+    _TRANSFORMER + "attention.dense": "layers.{}.attention_out",
+    _TRANSFORMER + "mlp.dense_h_to_4h": "layers.{}.mlp_in",
+    _TRANSFORMER + "mlp.dense_4h_to_h": "layers.{}.mlp_out",
+}
+_PARAMETERS = {
+    _ADALN + "re_pos_embed": "neighbour_position",
+    _ADALN + "lr_query_position_embedding": "lr_query_position",
+    _ADALN + "lr_key_position_embedding": "lr_key_position",
+}
+# In the published file, deliberately not read. {}: a layer's number.
+_DROPPED = {
+    _ADALN + "k_layer_norm.{}.weight": "keys are normalised by q_layer_norm",
+    _ADALN + "k_layer_norm.{}.bias": "keys are normalised by q_layer_norm",
+    "transformer.position_embeddings.weight": "positions are rotary",
+}
+ROPE_TABLES = (_ADALN + "rope.freqs_cos", _ADALN + "rope.freqs_sin")  # computed instead
+
+
+def key_table(num_layers: int) -> dict[str, str]:
+    """Name on disk -> name in the code, of every tensor that is used."""
+    modules = dict(_MODULES)
+    for disk, code in _LAYER_MODULES.items():
+        modules |= {disk.format(i): code.format(i) for i in range(num_layers)}
+    table = {f"{disk}.{part}": f"{code}.{part}" for disk, code in modules.items() for part in ("weight", "bias")}
+    return table | _PARAMETERS
+
+
+def dropped_keys(num_layers: int) -> dict[str, str]:
+    """Name on disk -> why it isn't read, CLIP tower apart."""
+    dropped = {name.format(i): why for name, why in _DROPPED.items() for i in range(num_layers)}
+    return dropped | dict.fromkeys(ROPE_TABLES, "rotations are computed")
+
+
+def is_infdit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a file's tensors are those of an Inf-DiT, whole or in part."""
+    return _ADALN + "re_pos_embed" in shapes or "mixins.patch_embed.proj.weight" in shapes
+
+
+def read_config(file: WeightsFile) -> InfDiTConfig:
+    """Hyper-parameters from shapes, and from metadata what shapes don't say. Raises WeightsError."""
+    try:
+        layers, _, heads, head_size = file.shapes[_ADALN + "re_pos_embed"]
+        hidden, channels, patch, _ = file.shapes["mixins.patch_embed.proj.weight"]
+        tokens = file.shapes[_ADALN + "lr_query_position_embedding"][1]
+        lr_tokens = file.shapes[_ADALN + "lr_key_position_embedding"][1]
+        semantic = file.shapes["cond_embed.map_vector.0.weight"][1]
+        time = file.shapes["time_embed.mlp.0.weight"][1]
+        block_tokens, window_tokens = round(tokens**0.5), round(lr_tokens**0.5)
+        if block_tokens**2 != tokens or window_tokens**2 != lr_tokens or window_tokens % 3 or heads * head_size != hidden:
+            raise ValueError("position embeddings don't belong to square blocks")
+        if channels != 2 * CHANNELS:
+            raise ValueError(f"{channels} input channels instead of {2 * CHANNELS}")
+        block = block_tokens * patch
+        settings: dict[str, Any] = {
+            "hidden_size": hidden,
+            "num_layers": layers,
+            "num_heads": heads,
+            "patch_size": patch,
+            "block_size": block,
+            "scale": block // (window_tokens // 3 * LR_PATCH_SIZE),
+            "semantic_size": semantic,
+            "time_channels": time,
+        }
+        if ROPE_TABLES[0] in file.shapes:
+            settings["rope_side"] = file.shapes[ROPE_TABLES[0]][0]
+        settings |= json.loads(file.metadata.get("config", "{}"))
+        presets = {name: Preset(**fields) for name, fields in json.loads(file.metadata.get("presets", "{}")).items()}
+        if presets:
+            settings["presets"] = presets
+        config = InfDiTConfig(**settings)
+        config.check()
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise WeightsError(
+            f"{file.path} starts like an Inf-DiT file, but its hyper-parameters can't be read: {error!s} "
+            "(a tensor is missing or has an unknown shape)"
+        ) from error
+    return config
+
+
+def unused_keys(file: WeightsFile, config: InfDiTConfig) -> dict[str, str]:
+    """Check that every tensor is there and of the right shape; return those not read, with the reason.
+
+    Raises WeightsError that names what is missing, unknown or of another shape.
+    """
+    table = key_table(config.num_layers)
+    unused = {name: why for name, why in dropped_keys(config.num_layers).items() if name in file.shapes}
+    unused |= {name: "CLIP image tower" for name in file.shapes if name.startswith(CLIP_PREFIX)}
+    expected = {name: tuple(t.shape) for name, t in InfDiT(config, device="meta").state_dict().items()}
+    problems = [f"missing: {name}" for name in table if name not in file.shapes]
+    problems += [f"unknown: {name}" for name in file.shapes if name not in table and name not in unused]
+    problems += [
+        f"{name} has shape {file.shapes[name]} instead of {expected[code]}"
+        for name, code in table.items()
+        if name in file.shapes and file.shapes[name] != expected[code]
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise WeightsError(f"{file.path} is not a complete Inf-DiT file: {shown}")
+    return unused
+
+
+def load_infdit(
+    path: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    operations: Any = nn,
+) -> InfDiT:
+    """Load an Inf-DiT network for inference; None: the shipped default weights.
+
+    path: the published DeepSpeed .pt, with or without the CLIP tower, or our safetensors; every hyper-parameter
+    comes from the file. Returns the network in eval mode, without gradients. Raises WeightsError, which says what
+    is wrong with the file.
+    """
+    file = open_weights(DEFAULT_FILE if path is None else path)
+    if not is_infdit(file.shapes):
+        some = ", ".join(list(file.shapes)[:3])
+        raise WeightsError(f"{file.path} is not an Inf-DiT file: its tensors start with {some}")
+    config = read_config(file)
+    unused_keys(file, config)
+    model = InfDiT(config, operations=operations, device="meta")
+    state = {code: file.read(disk).to(device=device, dtype=dtype, copy=True) for disk, code in key_table(config.num_layers).items()}
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def infdit_metadata(config: InfDiTConfig) -> dict[str, str]:
+    """What shapes don't say, as safetensors metadata."""
+    fields = {
+        name: getattr(config, name) for name in ("rope_side", "parametrisation", "sigma_data", "sigma_min", "sigma_max")
+    }
+    presets = {name: preset._asdict() for name, preset in config.presets.items()}
+    return {"architecture": "infdit", "config": json.dumps(fields), "presets": json.dumps(presets)}
+
+
+def save_infdit(
+    path: str | os.PathLike[str], model: InfDiT, dtype: torch.dtype = torch.bfloat16, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a network under the published names, atomically; `metadata` is added to the file's own."""
+    state = model.state_dict()
+    table = key_table(model.config.num_layers)
+    layout = {disk: (tuple(state[code].shape), dtype) for disk, code in table.items()}
+
+    def tensors() -> Iterator[Tensor]:
+        for code in table.values():
+            yield state[code].to(device="cpu", dtype=dtype)
+
+    save_weights(path, layout, tensors(), infdit_metadata(model.config) | dict(metadata or {}))

@@ -1,0 +1,78 @@
+"""Hyper-parameters of Inf-DiT."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+Parametrisation = Literal["picture", "residual"]
+
+
+class Preset(NamedTuple):
+    """How long to sample, and from where.
+
+    start: sigma of the noise put on the one-evaluation estimate, from where `steps` steps of a sampler go down;
+    None: a run from sigma_max, which with one step is that estimate itself.
+    """
+
+    steps: int
+    start: float | None = None
+
+
+# For files that say nothing, the published ones: the paper samples 20 steps from sigma_max.
+PUBLISHED_PRESETS = {"faithful": Preset(1), "balanced": Preset(20), "detailed": Preset(40)}
+
+
+@dataclass(frozen=True)
+class InfDiTConfig:
+    """Hyper-parameters of one Inf-DiT network. The defaults are the published network's.
+
+    Everything down to `time_channels` follows from the shapes of a weights file; what stands below it doesn't,
+    and comes from the file's metadata (a published file has none: the defaults are what it was trained with).
+    """
+
+    hidden_size: int = 1280
+    num_layers: int = 28
+    num_heads: int = 16
+    patch_size: int = 4  # pixels
+    block_size: int = 128  # pixels
+    scale: int = 4  # output side / low-resolution side
+    semantic_size: int = 768  # width of the CLIP image vector
+    time_channels: int = 192
+
+    rope_side: int = 1024  # positions wrap after so many patches
+    parametrisation: Parametrisation = "picture"  # what is diffused: the picture, or its residual to the upsampled LR
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 40.0
+    presets: Mapping[str, Preset] = field(default_factory=PUBLISHED_PRESETS.copy)
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens along one side of a block."""
+        return self.block_size // self.patch_size
+
+    @property
+    def lr_block_tokens(self) -> int:
+        """LR feature tokens along one side of a block: one for 2x2 low-resolution pixels."""
+        return self.block_size // self.scale // LR_PATCH_SIZE
+
+    def check(self) -> None:
+        """Raise ValueError for hyper-parameters that no network can have."""
+        if self.hidden_size % self.num_heads or self.head_size % 4:
+            raise ValueError(
+                f"hidden size {self.hidden_size} over {self.num_heads} heads must give a multiple of 4 per head, "
+                "two axes of rotary pairs"
+            )
+        if self.block_size % self.patch_size or self.block_size % (self.scale * LR_PATCH_SIZE):
+            raise ValueError(
+                f"block size {self.block_size} must be a multiple of the patch size {self.patch_size} "
+                f"and of {LR_PATCH_SIZE} low-resolution pixels ({self.scale * LR_PATCH_SIZE})"
+            )
+
+
+LR_PATCH_SIZE = 2  # low-resolution pixels along one side of an LR feature token
+CHANNELS = 3  # RGB

@@ -1,0 +1,295 @@
+"""The main job: picture in, bigger picture out."""
+
+import logging
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .diffusion import edm
+from .diffusion.samplers import SAMPLERS
+from .images import match_low_frequencies, match_mean_deviation, pad_by_reflection, resize
+from .infdit.checkpoint import load_infdit
+from .infdit.config import InfDiTConfig
+from .infdit.model import InfDiT, Progress
+from .memory import available_memory
+
+log = logging.getLogger(__name__)
+
+TileSize = Literal["auto"] | tuple[int, int] | int | None
+MAX_PIXELS = 2**30  # of a result: 12 GiB in fp32, and a sampler holds several such tensors
+
+
+class UpscaleProgress(NamedTuple):
+    """What `upscale` reports after every tile."""
+
+    fraction: float  # of all the work, 0..1
+    estimate: Tensor  # (1, 3, H, W) in [-1, 1]: the picture under work as it is estimated now, padding included
+
+
+OnProgress = Callable[[UpscaleProgress], None]
+
+
+@lru_cache(maxsize=1)
+def _default_model() -> InfDiT:
+    return load_infdit()
+
+
+def target_size(
+    height: int, width: int, *, scale: float | None = None, size: tuple[int | None, int | None] | None = None
+) -> tuple[int, int]:
+    """(height, width) of the result for a picture of height x width.
+
+    scale: a factor; size: (height, width), one of them may be None and follows the aspect. Raises ValueError.
+    """
+    if (scale is None) == (size is None):
+        raise ValueError("say how big the result should be: either a scale or a size")
+    if scale is not None:
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale is {scale}: it must be a positive number, 4 for four times the width and height")
+        if scale * max(height, width) > MAX_PIXELS:
+            raise ValueError(f"scale {scale:g} makes a side of {scale * max(height, width):.3g} pixels: too large")
+        wanted = (height * scale, width * scale)
+    else:
+        assert size is not None
+        if size[0] is None and size[1] is None:
+            raise ValueError("give a width, a height or both")
+        if any(side is not None and side < 1 for side in size):
+            raise ValueError(f"width and height must be at least 1 pixel, not {size[1]} x {size[0]}")
+        by_height, by_width = (
+            None if side is None else side / was for side, was in zip(size, (height, width), strict=True)
+        )
+        wanted = (height * (by_height or by_width or 1), width * (by_width or by_height or 1))
+    result = (max(1, round(wanted[0])), max(1, round(wanted[1])))
+    if result[0] * result[1] > MAX_PIXELS:
+        raise ValueError(
+            f"the result would have {result[1]} x {result[0]} pixels, more than {MAX_PIXELS}: choose a smaller scale"
+        )
+    return result
+
+
+@torch.no_grad()
+def upscale(
+    image: Tensor,
+    *,
+    model: InfDiT | None = None,
+    scale: float | None = None,
+    size: tuple[int | None, int | None] | None = None,
+    semantic: Tensor | None = None,
+    preset: str = "balanced",
+    steps: int | None = None,
+    start: float | None = None,
+    sampler: str = "heun",
+    seed: int = 0,
+    tile: TileSize = "auto",
+    colour: Literal["none", "wavelet", "mean"] = "none",
+    on_progress: OnProgress | None = None,
+) -> Tensor:
+    """Enlarge pictures.
+
+    image: (B, H, W, C) float in 0..1; C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; alpha is resized bicubically.
+    model: None loads the shipped default. scale or size (height, width; one may be None): how big the result is;
+    a scale other than the network's is reached by whole passes, each resized to where the next one starts or to
+    the result. semantic: (1 or B, semantic_size).
+    preset: faithful, balanced or detailed, as the weights define them; steps and start override it: start is the
+    sigma of the noise put on the one-evaluation estimate, from where the sampler takes `steps` steps; steps = 1
+    alone is that estimate. sampler: heun, euler, ddim or dpmpp_2m. seed: every picture's own, so that it doesn't
+    matter what else is in the batch. tile: blocks a step, "auto" by free memory, None all at once; never changes the
+    result. colour: transfer from the input, "wavelet" the low frequencies, "mean" mean and deviation.
+    on_progress is called after every tile; what it raises stops the work.
+
+    Returns (B, H', W', C) fp32 on image's device. Raises ValueError for what can't be done.
+    """
+    if image.ndim != 4 or image.shape[3] not in (1, 2, 3, 4) or 0 in image.shape:
+        raise ValueError(f"image has shape {tuple(image.shape)}: it must be (B, H, W, C) with 1 to 4 channels, none empty")
+    if not image.isfinite().all():
+        raise ValueError("image holds values that are not numbers (NaN or infinite)")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
+    if colour not in ("none", "wavelet", "mean"):
+        raise ValueError(f"colour is {colour!r}: it must be none, wavelet or mean")
+    model = model or _default_model()
+    schedule = _schedule(model.config, preset, steps, start)
+    size = target_size(image.shape[1], image.shape[2], scale=scale, size=size)
+    passes = _passes((image.shape[1], image.shape[2]), size, model.config.scale)
+    evaluations = schedule.evaluations(sampler)
+    work = len(image) * len(passes) * evaluations
+    finished = 0
+
+    def report(progress: Progress) -> None:
+        if on_progress is not None:
+            on_progress(UpscaleProgress((finished + progress.done / progress.total) / work, progress.estimate))
+
+    results = []
+    for index, picture in enumerate(image.permute(0, 3, 1, 2).float().split(1)):
+        alpha = picture[:, -1:] if picture.shape[1] in (2, 4) else None
+        input_colour = picture if alpha is None else picture[:, :-1]
+        grey = input_colour.shape[1] == 1
+        x = input_colour.expand(-1, 3, -1, -1) * 2 - 1
+        vector = None if semantic is None else semantic[index % len(semantic)][None]
+        for wanted in passes:
+
+            def evaluated() -> None:
+                nonlocal finished
+                finished += 1
+
+            x = _enlarge(x, model, schedule, sampler, seed, vector, tile, report, evaluated)
+            x = x if tuple(x.shape[2:]) == wanted else resize(x, wanted)
+            x = x.clamp(-1, 1)
+        if not passes:
+            x = resize(x, size).clamp(-1, 1)
+        if colour != "none":
+            reference = resize(input_colour.expand(-1, 3, -1, -1) * 2 - 1, size)
+            x = (match_low_frequencies if colour == "wavelet" else match_mean_deviation)(x, reference).clamp(-1, 1)
+        x = x.add_(1).div_(2)
+        if grey:
+            x = x.mean(1, keepdim=True)
+        if alpha is not None:
+            x = torch.cat([x, resize(alpha, size).clamp(0, 1)], dim=1)
+        results.append(x.permute(0, 2, 3, 1))
+    return torch.cat(results)
+
+
+class _Schedule(NamedTuple):
+    sigmas: Tensor
+    from_estimate: bool  # start from the one-evaluation estimate plus noise
+    only_estimate: bool  # nothing but that estimate
+
+    def evaluations(self, sampler: str) -> int:
+        if self.only_estimate:
+            return 1
+        steps = len(self.sigmas) - 1
+        return self.from_estimate + (2 * steps - 1 if sampler == "heun" else steps)
+
+
+def _schedule(config: InfDiTConfig, preset: str, steps: int | None, start: float | None) -> _Schedule:
+    if preset not in config.presets:
+        raise ValueError(f"preset is {preset!r}: these weights have {', '.join(config.presets)}")
+    chosen = config.presets[preset]
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps is {steps}: at least 1 is needed")
+    if start is not None and not 0 < start <= config.sigma_max:
+        raise ValueError(f"start is {start}: these weights take a sigma above 0 and up to {config.sigma_max:g}")
+    if start is None and steps != 1:
+        start = chosen.start
+    steps = steps or chosen.steps
+    if start is None:
+        sigmas = edm.sigmas(steps, config.sigma_min, config.sigma_max)
+    else:
+        sigmas = edm.sigmas(steps, min(config.sigma_min, start), start)
+    return _Schedule(sigmas, from_estimate=start is not None, only_estimate=start is None and steps == 1)
+
+
+def _passes(size: tuple[int, int], target: tuple[int, int], scale: int) -> list[tuple[int, int]]:
+    """Size after every pass of the network: the last is the target, the ones before are where the next one starts."""
+    ratio = max(target[0] / size[0], target[1] / size[1])
+    count = 0 if ratio <= 1 else math.ceil(math.log(ratio, scale) - 1e-9)
+    return [
+        (math.ceil(target[0] / scale**left), math.ceil(target[1] / scale**left)) for left in reversed(range(count))
+    ]
+
+
+def _enlarge(
+    x: Tensor,
+    model: InfDiT,
+    schedule: _Schedule,
+    sampler: str,
+    seed: int,
+    semantic: Tensor | None,
+    tile: TileSize,
+    on_tile: Callable[[Progress], None],
+    on_evaluation: Callable[[], None],
+) -> Tensor:
+    """One pass: (1, 3, h, w) in [-1, 1] -> (1, 3, h * scale, w * scale), not clamped."""
+    config = model.config
+    lr_block = config.block_size // config.scale
+    height, width = x.shape[2:]
+    rows, cols = math.ceil(height / lr_block), math.ceil(width / lr_block)
+    low_res = pad_by_reflection(x, rows * lr_block, cols * lr_block)
+    upsampled = resize(low_res, (rows * config.block_size, cols * config.block_size)).clamp_(-1, 1)
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like.device)
+
+    memory = _MemoryPlan(model, rows, cols, tile)
+
+    def denoise(noisy: Tensor, sigma: Tensor) -> Tensor:
+        while True:
+            try:
+                denoised = model.denoise(
+                    noisy,
+                    sigma,
+                    low_res,
+                    upsampled=upsampled,
+                    semantic=semantic,
+                    tile=memory.tile,
+                    positions="continuous",  # the published table's wrap makes a seam every 4096 pixels
+                    cache_device=memory.cache_device,
+                    on_tile=on_tile,
+                )
+            except torch.OutOfMemoryError:
+                memory.reduce()
+            else:
+                on_evaluation()
+                return denoised
+
+    sigma_max = torch.tensor(config.sigma_max)
+    if schedule.only_estimate or schedule.from_estimate:
+        # A residual network is trained to answer no noise at sigma_max with the mean of all pictures that the
+        # low resolution allows; in a picture network noise takes that place, as in the paper's start.
+        residual = config.parametrisation == "residual"
+        first = upsampled if residual else upsampled + sigma_max * noise(upsampled)
+        result = denoise(first, sigma_max)
+        if schedule.from_estimate:
+            result = result + schedule.sigmas[0] * noise(result)
+    else:
+        result = upsampled + schedule.sigmas[0] * noise(upsampled)
+    if not schedule.only_estimate:
+        result = SAMPLERS[sampler](denoise, result, schedule.sigmas, noise=noise)
+    return result[:, :, : height * config.scale, : width * config.scale]
+
+
+class _MemoryPlan:
+    """Blocks a step and where K/V waits: from free memory at first, less after each out-of-memory."""
+
+    def __init__(self, model: InfDiT, rows: int, cols: int, tile: TileSize) -> None:
+        weight = model.final.weight
+        self.cache_device: str | None = None
+        self.tile: tuple[int, int]
+        if tile == "auto":
+            config = model.config
+            # Measured on the CPU: about 24 values a channel and token at the MLP's and the attention's peak.
+            block_bytes = 24 * config.hidden_size * config.block_tokens**2 * weight.dtype.itemsize
+            line_bytes = 2 * min(rows, cols) * config.num_layers * config.hidden_size * config.block_tokens**2
+            spare = available_memory(weight.device) // 2 - line_bytes * weight.dtype.itemsize
+            # Beyond some thousand tokens a larger tile is no faster, and on a CPU it falls out of the cache.
+            most = max(1, (4096 if weight.device.type == "cpu" else 65536) // config.block_tokens**2)
+            blocks = min(most, max(1, int(spare // block_bytes)))
+            side = max(1, math.isqrt(blocks))
+            self.tile = (min(rows, side), min(cols, side))
+        elif tile is None:
+            self.tile = (rows, cols)
+        else:
+            self.tile = (tile, tile) if isinstance(tile, int) else tile
+        if min(self.tile) < 1:
+            raise ValueError(f"tile is {tile}: it needs at least 1 block")
+
+    def reduce(self) -> None:
+        """After running out of memory: a quarter of the tile, then K/V to host memory, then give up."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if max(self.tile) > 1:
+            self.tile = (math.ceil(self.tile[0] / 2), math.ceil(self.tile[1] / 2))
+            log.warning("out of memory: going on with tiles of %d x %d blocks", *self.tile)
+        elif self.cache_device is None:
+            self.cache_device = "cpu"
+            log.warning("out of memory with single blocks: keys and values of finished blocks move to host memory")
+        else:
+            raise MemoryError(
+                "out of memory with single blocks and keys and values in host memory: "
+                "free memory on the device, use bfloat16, or choose a smaller result"
+            )
