@@ -210,8 +210,12 @@ def match_low_frequencies(x: Tensor, reference: Tensor, levels: int = 5) -> Tens
         kernel = torch.tensor([0.25, 0.5, 0.25], dtype=t.dtype, device=t.device).expand(t.shape[1], 1, -1)
         for level in range(levels):
             step = 2**level
-            t = F.conv2d(F.pad(t, (step, step, 0, 0), "replicate"), kernel[:, :, None], dilation=(1, step), groups=t.shape[1])
-            t = F.conv2d(F.pad(t, (0, 0, step, step), "replicate"), kernel[..., None], dilation=(step, 1), groups=t.shape[1])
+            t = F.conv2d(
+                F.pad(t, (step, step, 0, 0), "replicate"), kernel[:, :, None], dilation=(1, step), groups=t.shape[1]
+            )
+            t = F.conv2d(
+                F.pad(t, (0, 0, step, step), "replicate"), kernel[..., None], dilation=(step, 1), groups=t.shape[1]
+            )
         return t
 
     return x + low(reference - x)

@@ -1,6 +1,7 @@
 """How much memory there is, and how much a process has used."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +20,11 @@ def available_memory(device: torch.device) -> int:
     return 4 * 2**30
 
 
+def resident_memory(device: torch.device) -> int:
+    """Bytes in use now: allocated tensors on CUDA, the process's resident set on the CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start counting the peak anew (on the CPU: Linux only, elsewhere it counts since the process started)."""
     if device.type == "cuda":
@@ -28,14 +34,18 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak: allocated tensors on CUDA, the process's resident set on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Bytes in use at most since the count was reset; as `resident_memory`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0  # not known without further packages
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

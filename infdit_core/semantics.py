@@ -17,10 +17,8 @@ def preprocess(x: Tensor, side: int = 224) -> Tensor:
     The short side is resized to `side`, bicubic with antialiasing and not clamped; then the centre is cropped.
     """
     height, width = x.shape[2:]
-    if height <= width:
-        size = (side, side * width // height)
-    else:
-        size = (side * height // width, side)
+    short = min(height, width)
+    size = (side * height // short, side * width // short)
     x = resize((x + 1) / 2, size)
     top, left = (round((length - side) / 2) for length in size)
     x = x[:, :, top : top + side, left : left + side]

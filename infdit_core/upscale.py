@@ -104,7 +104,9 @@ def upscale(
     Returns (B, H', W', C) fp32 on image's device. Raises ValueError for what can't be done.
     """
     if image.ndim != 4 or image.shape[3] not in (1, 2, 3, 4) or 0 in image.shape:
-        raise ValueError(f"image has shape {tuple(image.shape)}: it must be (B, H, W, C) with 1 to 4 channels, none empty")
+        raise ValueError(
+            f"image has shape {tuple(image.shape)}: it must be (B, H, W, C) with 1 to 4 channels, none empty"
+        )
     if not image.isfinite().all():
         raise ValueError("image holds values that are not numbers (NaN or infinite)")
     if sampler not in SAMPLERS:
@@ -187,9 +189,7 @@ def _passes(size: tuple[int, int], target: tuple[int, int], scale: int) -> list[
     """Size after every pass of the network: the last is the target, the ones before are where the next one starts."""
     ratio = max(target[0] / size[0], target[1] / size[1])
     count = 0 if ratio <= 1 else math.ceil(math.log(ratio, scale) - 1e-9)
-    return [
-        (math.ceil(target[0] / scale**left), math.ceil(target[1] / scale**left)) for left in reversed(range(count))
-    ]
+    return [(math.ceil(target[0] / scale**left), math.ceil(target[1] / scale**left)) for left in reversed(range(count))]
 
 
 def _enlarge(

@@ -9,7 +9,7 @@ import pickle
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,9 @@ def _open_safetensors(path: Path) -> WeightsFile:
         dtypes = {name: known[part.get_dtype()] for name, part in slices.items()}
         return WeightsFile(path, "safetensors", shapes, dtypes, file.metadata() or {}, file.get_tensor)
     except (SafetensorError, OSError, KeyError) as error:
-        raise WeightsError(f"{path} looks like a safetensors file but can't be read ({error}); it may be cut short") from error
+        raise WeightsError(
+            f"{path} looks like a safetensors file but can't be read ({error}); it may be cut short"
+        ) from error
 
 
 def _open_torch(path: Path) -> WeightsFile:
@@ -90,8 +92,19 @@ def _open_torch(path: Path) -> WeightsFile:
             f"{path} was refused, and nothing in it was executed: it is no PyTorch file, or holds more than tensors "
             f"({found}). Get the file from its publisher, as .safetensors where there is one"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} can't be read as PyTorch weights ({error}); it is cut short or of another kind") from error
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        UnicodeDecodeError,
+    ) as error:
+        raise WeightsError(
+            f"{path} can't be read as PyTorch weights ({error}); it is cut short or of another kind"
+        ) from error
     for entry in ("module", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(entry), dict):
             content = content[entry]
@@ -122,8 +135,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], None])
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode lets nobody else read
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~umask)  # mkstemp's own mode lets nobody else read
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -143,7 +156,11 @@ def save_weights(
     position = 0
     for name, (shape, dtype) in layout.items():
         size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, position + size],
+        }
         position += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -157,9 +174,3 @@ def save_weights(
                 file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     write_atomically(path, write)
-
-
-def iterate(file: WeightsFile, names: Iterable[str]) -> Iterator[Tensor]:
-    """The named tensors of an opened file, one at a time."""
-    for name in names:
-        yield file.read(name)

@@ -31,8 +31,8 @@ def rotary_table(rows: Tensor, cols: Tensor, block: int, head_size: int) -> Tens
     frequencies = 1.0 / (10000 ** (torch.arange(0, half, 2, device=rows.device).float() / half))
 
     def turns(positions: Tensor) -> Tensor:  # (blocks, block, head_size / 4)
-        angle = positions.float()[:, None] * frequencies
-        return torch.polar(torch.ones_like(angle), angle).unflatten(0, (-1, block))
+        angle = (positions.float()[:, None] * frequencies).view(-1, block, half // 2)
+        return torch.polar(torch.ones_like(angle), angle)
 
     by_row, by_col = turns(rows), turns(cols)
     shape = (by_row.shape[0], by_col.shape[0], block, block, half // 2)

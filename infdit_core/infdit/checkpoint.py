@@ -1,6 +1,7 @@
 """Inf-DiT's weights files: names on disk (those of the published file) and in the code, hyper-parameters, loading."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -78,6 +79,13 @@ def is_infdit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return _ADALN + "re_pos_embed" in shapes or "mixins.patch_embed.proj.weight" in shapes
 
 
+def require_infdit(file: WeightsFile) -> None:
+    """Raise WeightsError for a file of another kind."""
+    if not is_infdit(file.shapes):
+        some = ", ".join(list(file.shapes)[:3])
+        raise WeightsError(f"{file.path} is not an Inf-DiT file: its tensors start with {some}")
+
+
 def read_config(file: WeightsFile) -> InfDiTConfig:
     """Hyper-parameters from shapes, and from metadata what shapes don't say. Raises WeightsError."""
     try:
@@ -88,7 +96,12 @@ def read_config(file: WeightsFile) -> InfDiTConfig:
         semantic = file.shapes["cond_embed.map_vector.0.weight"][1]
         time = file.shapes["time_embed.mlp.0.weight"][1]
         block_tokens, window_tokens = round(tokens**0.5), round(lr_tokens**0.5)
-        if block_tokens**2 != tokens or window_tokens**2 != lr_tokens or window_tokens % 3 or heads * head_size != hidden:
+        if (
+            block_tokens**2 != tokens
+            or window_tokens**2 != lr_tokens
+            or window_tokens % 3
+            or heads * head_size != hidden
+        ):
             raise ValueError("position embeddings don't belong to square blocks")
         if channels != 2 * CHANNELS:
             raise ValueError(f"{channels} input channels instead of {2 * CHANNELS}")
@@ -155,13 +168,14 @@ def load_infdit(
     is wrong with the file.
     """
     file = open_weights(DEFAULT_FILE if path is None else path)
-    if not is_infdit(file.shapes):
-        some = ", ".join(list(file.shapes)[:3])
-        raise WeightsError(f"{file.path} is not an Inf-DiT file: its tensors start with {some}")
+    require_infdit(file)
     config = read_config(file)
     unused_keys(file, config)
     model = InfDiT(config, operations=operations, device="meta")
-    state = {code: file.read(disk).to(device=device, dtype=dtype, copy=True) for disk, code in key_table(config.num_layers).items()}
+    state = {
+        code: file.read(disk).to(device=device, dtype=dtype, copy=True)
+        for disk, code in key_table(config.num_layers).items()
+    }
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -176,7 +190,10 @@ def infdit_metadata(config: InfDiTConfig) -> dict[str, str]:
 
 
 def save_infdit(
-    path: str | os.PathLike[str], model: InfDiT, dtype: torch.dtype = torch.bfloat16, metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    model: InfDiT,
+    dtype: torch.dtype = torch.bfloat16,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a network under the published names, atomically; `metadata` is added to the file's own."""
     state = model.state_dict()
@@ -188,3 +205,63 @@ def save_infdit(
             yield state[code].to(device="cpu", dtype=dtype)
 
     save_weights(path, layout, tensors(), infdit_metadata(model.config) | dict(metadata or {}))
+
+
+def describe(file: WeightsFile) -> dict[str, str]:
+    """What an Inf-DiT file is, for people: one line an entry. Raises WeightsError for an incomplete file."""
+    config = read_config(file)
+    unused = unused_keys(file, config)
+    used = key_table(config.num_layers)
+    parameters = sum(math.prod(file.shapes[name]) for name in used)
+    precisions = sorted({str(file.dtypes[name]).removeprefix("torch.") for name in used})
+    tower = [name for name in unused if name.startswith(CLIP_PREFIX)]
+    lines = {
+        "kind": f"Inf-DiT x{config.scale}, {file.format}",
+        "network": f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_heads} heads, "
+        f"block {config.block_size} px, patch {config.patch_size} px",
+        "parameters": f"{parameters:,}",
+        "precision": ", ".join(precisions),
+        "diffuses": f"{config.parametrisation}, sigma_data {config.sigma_data:g}, "
+        f"sigma {config.sigma_min:g} to {config.sigma_max:g}",
+        "presets": "; ".join(f"{name}: {preset.describe()}" for name, preset in config.presets.items()),
+        "CLIP image tower": f"{sum(math.prod(file.shapes[name]) for name in tower):,} parameters" if tower else "none",
+    }
+    for reason in sorted(set(unused.values()) - {"CLIP image tower"}):
+        names = [name for name, why in unused.items() if why == reason]
+        lines[f"unused ({reason})"] = ", ".join(names)
+    return lines | {f"says {key}": value for key, value in file.metadata.items() if key not in ("config", "presets")}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    clip: str | os.PathLike[str] | None = None,
+    drop_clip: bool = False,
+) -> None:
+    """Write an Inf-DiT file as safetensors, tensor by tensor: RoPE tables dropped, their side kept in the metadata.
+
+    dtype: of the network's tensors, None keeps theirs. A CLIP tower is kept, left out with drop_clip, or goes to a
+    file of its own, `clip`, under open_clip's names. Raises WeightsError, and OSError where it can't be written.
+    """
+    file = open_weights(source)
+    require_infdit(file)
+    config = read_config(file)
+    unused = unused_keys(file, config)
+    tower = [name for name in unused if name.startswith(CLIP_PREFIX)]
+    if clip is not None and not tower:
+        raise WeightsError(f"{file.path} holds no CLIP tower to split off")
+    names = [name for name in file.shapes if name not in ROPE_TABLES]
+    if drop_clip or clip is not None:
+        names = [name for name in names if name not in set(tower)]
+    origin = {"converted_from": f"{file.path.name}, {file.format}, {file.path.stat().st_size} bytes"}
+
+    def write(path: str | os.PathLike[str], names: list[str], prefix: str, metadata: Mapping[str, str]) -> None:
+        kinds = {name: file.dtypes[name] if dtype is None or name in tower else dtype for name in names}
+        layout = {name.removeprefix(prefix): (file.shapes[name], kinds[name]) for name in names}
+        save_weights(path, layout, (file.read(name).to(kinds[name]) for name in names), metadata)
+
+    write(target, names, "", dict(file.metadata) | infdit_metadata(config) | origin)
+    if clip is not None:
+        write(clip, tower, CLIP_PREFIX, {"architecture": "open_clip image tower"} | origin)

@@ -17,6 +17,11 @@ class Preset(NamedTuple):
     steps: int
     start: float | None = None
 
+    def describe(self) -> str:
+        if self.start is None:
+            return "one evaluation" if self.steps == 1 else f"{self.steps} steps from the largest sigma"
+        return f"one evaluation, then {self.steps} steps from sigma {self.start:g}"
+
 
 # For files that say nothing, the published ones: the paper samples 20 steps from sigma_max.
 PUBLISHED_PRESETS = {"faithful": Preset(1), "balanced": Preset(20), "detailed": Preset(40)}

@@ -4,7 +4,7 @@ One picture is a grid of blocks, and every tensor of tokens is (B, rows, cols, N
 of a block in raster order, channels. `denoise` walks over the grid in tiles; the whole picture is one big tile.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..diffusion import edm
 from ..images import resize
-from .attention import Border, block_attention, rotary_table, rotate
+from .attention import block_attention, rotary_table, rotate
 from .config import CHANNELS, LR_PATCH_SIZE, InfDiTConfig
 from .streaming import Direction, KVCache, LowResolutionLines, Scan, Tile, pixels
 
@@ -39,7 +39,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1))
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
 def _blocks(x: Tensor, side: int) -> Tensor:
@@ -118,6 +118,8 @@ class InfDiT(nn.Module):
     operations: where Linear, Conv2d and LayerNorm come from (torch.nn, or a host's own that casts at use).
     """
 
+    layers: Sequence[Layer]
+
     def __init__(
         self,
         config: InfDiTConfig,
@@ -138,7 +140,7 @@ class InfDiT(nn.Module):
         self.time_out = operations.Linear(size, size, **factory)
         self.semantic_in = operations.Linear(config.semantic_size, size, **factory)
         self.semantic_out = operations.Linear(size, size, **factory)
-        self.layers = nn.ModuleList(
+        self.layers = nn.ModuleList(  # type: ignore[assignment]  # torch types its members as any module
             Layer(config, operations, cross=i == 0, **factory) for i in range(config.num_layers)
         )
         self.final_modulation = operations.Linear(size, 2 * size, **factory)
@@ -240,7 +242,7 @@ class InfDiT(nn.Module):
 
         noisy: (B, 3, H, W), picture plus noise of deviation sigma, H and W multiples of the block size.
         sigma: 0-d or (B,). low_res: (B, 3, H / scale, W / scale) in [-1, 1]; training crops may bring one more block
-        of it on every side, then nothing is zero-padded. upsampled: (B, 3, H, W) in [-1, 1], None: bicubic from low_res.
+        of it on every side, then nothing is zero-padded. upsampled: (B, 3, H, W) in [-1, 1], None: bicubic of low_res.
         semantic: (B, semantic_size) or None. tile: (rows, cols) blocks a step, None: all at once, the only way that
         carries gradients; the result is the same for every tile. direction: which neighbours a block sees,
         "lt" left and top or "rb" right and bottom. positions: "reference" wraps after `rope_side` patches like the
@@ -254,17 +256,21 @@ class InfDiT(nn.Module):
         config, device, dtype = self.config, self.final.weight.device, self.final.weight.dtype
         scan = self._scan(noisy, low_res, tile, direction)
         if upsampled is None:
-            upsampled = resize(low_res, noisy.shape[-2:]).clamp(-1, 1)
+            upsampled = resize(low_res, (noisy.shape[2], noisy.shape[3])).clamp(-1, 1)
         if upsampled.shape != noisy.shape:
-            raise ValueError(f"upsampled has shape {tuple(upsampled.shape)}, noisy {tuple(noisy.shape)}: they must match")
+            raise ValueError(
+                f"upsampled has shape {tuple(upsampled.shape)}, noisy {tuple(noisy.shape)}: they must match"
+            )
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device).expand(len(noisy))
-        modulations = self.modulations(
-            self.conditioning(0.25 * sigma.clamp(min=edm.SIGMA_FLOOR).log(), None if semantic is None else semantic.to(device))
-        )
-        c_skip, c_out, c_in, _ = (c[:, None, None, None] for c in edm.preconditioning(sigma, config.sigma_data))
+        *scalings, c_noise = edm.preconditioning(sigma, config.sigma_data)
+        c_skip, c_out, c_in = (c[:, None, None, None] for c in scalings)
+        modulations = self.modulations(self.conditioning(c_noise, None if semantic is None else semantic.to(device)))
         cache = KVCache(scan, config.num_layers, cache_device)
-        lr_lines = LowResolutionLines(scan, low_res, config, self._lr_embed, self.layers[0].cross.keys_values)
-        estimate = torch.empty(noisy.shape, dtype=torch.float32, device=noisy.device)
+        cross = self.layers[0].cross
+        assert cross is not None
+        lr_lines = LowResolutionLines(scan, low_res, config, self._lr_embed, cross.keys_values)
+        # What isn't done yet shows as the upsampled picture in previews.
+        estimate = upsampled.to(device=noisy.device, dtype=torch.float32, copy=True)
         for done, step in enumerate(scan.tiles, start=1):
             rows, cols = scan.blocks(step)
             window = (..., pixels(rows, config.block_size), pixels(cols, config.block_size))

@@ -140,7 +140,10 @@ class LowResolutionLines:
         embed: Callable[[Tensor], Tensor],
         keys_values: Callable[[Tensor], Tensor],
     ) -> None:
-        """embed: (B, 3, h, w) pixels -> (B, C, h', w') features; keys_values: (B, h', w', C) -> (2, B, h', w', heads, d)."""
+        """embed: pixels (B, 3, h, w) -> features (B, C, h', w').
+
+        keys_values: features (B, h', w', C) -> (2, B, h', w', heads, d).
+        """
         self.scan = scan
         self.low_res = low_res
         self.embed = embed

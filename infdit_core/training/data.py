@@ -35,12 +35,11 @@ def load_photographs(folder: Path, scale: int, least: int) -> list[Photograph]:
     """
     photographs = []
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
-        with Image.open(path) as picture:
-            picture = picture.convert("RGB")
-            width, height = (side - side % scale for side in picture.size)
+        with Image.open(path) as file:
+            width, height = (side - side % scale for side in file.size)
             if min(width, height) < least:
                 continue
-            picture = picture.crop((0, 0, width, height))
+            picture = file.convert("RGB").crop((0, 0, width, height))
             small = picture.resize((width // scale, height // scale), Image.Resampling.BICUBIC)
             photographs.append(Photograph(path.name, np.asarray(picture), np.asarray(small)))
     if not photographs:
@@ -76,14 +75,16 @@ class CropSampler:
 
     def batch(self, size: int) -> Batch:
         """Draw `size` crops, each mirrored and transposed at random."""
-        originals, smalls = [], []
+        pairs = []
         for _ in range(size):
-            original, small = max((self._draw() for _ in range(2)), key=lambda pair: _detail(pair[1]))
+            pair = max((self._draw() for _ in range(2)), key=lambda pair: _detail(pair[1]))
             vertical, horizontal, transposed = self.random.integers(0, 2, 3).astype(bool)
-            for kept, crop in ((originals, original), (smalls, small)):
-                crop = crop[:: -1 if vertical else 1, :: -1 if horizontal else 1]
-                kept.append(torch.from_numpy(np.ascontiguousarray(crop.swapaxes(0, 1) if transposed else crop)))
-        original, low_res = (torch.stack(kept).permute(0, 3, 1, 2).float() / 127.5 - 1 for kept in (originals, smalls))
+            mirrored = (crop[:: -1 if vertical else 1, :: -1 if horizontal else 1] for crop in pair)
+            pairs.append([crop.swapaxes(0, 1) if transposed else crop for crop in mirrored])
+        original, low_res = (
+            torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            for crops in zip(*pairs, strict=True)
+        )
         upsampled = resize(low_res, (low_res.shape[2] * self.scale, low_res.shape[3] * self.scale)).clamp(-1, 1)
         edge = self.margin * self.scale
         inner = slice(edge, edge + self.crop)

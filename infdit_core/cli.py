@@ -1,0 +1,346 @@
+"""infdit upscale | info | convert | bench | eval | train"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, train
+from .images import READABLE, Picture, PictureError, check_writable, read_picture, write_picture
+from .infdit.checkpoint import convert, describe, load_infdit, require_infdit
+from .memory import peak_memory, reset_peak_memory
+from .upscale import TileSize, UpscaleProgress, target_size, upscale
+from .weights import WeightsError, open_weights
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0 done, 1 something failed, 2 wrong usage, 130 interrupted."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (PictureError, WeightsError, ValueError, OSError, MemoryError) as error:
+        print(f"infdit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninfdit: interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="infdit", description="Enlarge pictures to any size with Inf-DiT.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("upscale", _upscale, "enlarge pictures, or all pictures of folders")
+    sub.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="picture or folder")
+    sub.add_argument("-o", "--output", required=True, type=Path, help="picture, or a folder for several")
+    sub.add_argument("--scale", type=_number, help="factor (4 if no size is given)")
+    sub.add_argument("--width", type=int, help="of the result, in pixels")
+    sub.add_argument("--height", type=int, help="of the result, in pixels; alone, the other side follows the aspect")
+    sub.add_argument("--model", default="default", help="weights file (the shipped default)")
+    sub.add_argument("--preset", default="balanced", help="faithful, balanced or detailed (balanced)")
+    sub.add_argument("--steps", type=int, help="sampler steps instead of the preset's; 1 alone is faithful")
+    sub.add_argument("--start", type=_number, metavar="SIGMA", help="noise to start from instead of the preset's")
+    sub.add_argument("--sampler", default="heun", help="heun, euler, ddim or dpmpp_2m (heun)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--tile", type=_tile, default="auto", help="auto, whole, or N for NxN blocks a step (auto)")
+    sub.add_argument("--colour", default="none", choices=["none", "wavelet", "mean"], help="transfer from the input")
+    sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    _device_options(sub)
+
+    sub = command("info", _info, "say what a weights file is")
+    sub.add_argument("file", type=Path)
+
+    sub = command("convert", _convert, "write a weights file as safetensors")
+    sub.add_argument("source", type=Path, metavar="IN")
+    sub.add_argument("target", type=Path, metavar="OUT")
+    sub.add_argument("--dtype", choices=sorted(_DTYPES), help="of the network's tensors (as they are)")
+    sub.add_argument("--clip", type=Path, metavar="FILE", help="split the CLIP tower off into this file")
+    sub.add_argument("--drop-clip", action="store_true", help="leave the CLIP tower out")
+    sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+    sub = command("bench", _bench, "time one evaluation of a random-weight network, whole and streamed")
+    sub.add_argument("--network", default="medium", choices=["nano", "medium", "published"])
+    sub.add_argument("--size", nargs="+", type=_size, default=[(1024, 1024)], metavar="WxH")
+    sub.add_argument("--tile", nargs="+", type=_tile, default=[None, 1], help="whole, or N for NxN blocks a step")
+    sub.add_argument("--rounds", type=int, default=3)
+    sub.add_argument("--threads", type=int, default=0, help="on the CPU (all)")
+    sub.add_argument("--json", action="store_true")
+    _device_options(sub)
+
+    sub = command("eval", _eval, "compare pictures with their originals: PSNR-Y, SSIM, LPIPS, seam energy")
+    sub.add_argument("--original", required=True, type=Path, metavar="DIR")
+    sub.add_argument("--upscaled", required=True, type=Path, metavar="DIR", help="pictures of the same names")
+    sub.add_argument("--lpips", type=Path, metavar="FILE", help="AlexNet LPIPS weights; without, no LPIPS")
+    sub.add_argument("--block", type=int, default=32, help="pixels, for the seam energy (32, the default weights')")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command("train", _train, "train on a folder of photographs")
+    sub.add_argument("settings", nargs="*", metavar="key=value")
+    return parser
+
+
+def _device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *_DTYPES], help="auto: bfloat16 on CUDA")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _tile(text: str) -> TileSize:
+    if text in ("auto", "whole"):
+        return "auto" if text == "auto" else None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not auto, whole or a number of blocks")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} is not WIDTHxHEIGHT, like 1024x768")
+    return int(width), int(height)
+
+
+def _device(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not known: use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is usable here; use --device cpu")
+    if options.dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, _DTYPES[options.dtype]
+
+
+# --- upscale
+
+
+def _upscale(options: argparse.Namespace) -> int:
+    jobs = _jobs(options.inputs, options.output)
+    if options.scale is not None and (options.width or options.height):
+        raise ValueError("give either --scale, or --width and --height")
+    device, dtype = _device(options)
+    model = load_infdit(None if options.model == "default" else options.model, device, dtype)
+    failed = 0
+    for source, target in jobs:
+        try:
+            check_writable(target, overwrite=options.overwrite)
+            picture = read_picture(source)
+            check_writable(target, picture.pixels.shape[2], overwrite=options.overwrite)
+            _upscale_one(source, picture, target, model, device, options)
+        except (PictureError, ValueError, MemoryError) as error:
+            print(
+                f"infdit: {source}: {error}" if str(source) not in str(error) else f"infdit: {error}", file=sys.stderr
+            )
+            failed += 1
+    if failed and len(jobs) > 1:
+        print(f"infdit: {failed} of {len(jobs)} pictures failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _upscale_one(
+    source: Path, picture: Picture, target: Path, model: Any, device: torch.device, options: argparse.Namespace
+) -> None:
+    height, width = picture.pixels.shape[:2]
+    sized = options.width is not None or options.height is not None
+    size = target_size(
+        height,
+        width,
+        scale=None if sized else options.scale or 4.0,
+        size=(options.height, options.width) if sized else None,
+    )
+    reset_peak_memory(device)
+    started = time.monotonic()
+    pixels = upscale(
+        picture.pixels[None],
+        model=model,
+        size=size,
+        preset=options.preset,
+        steps=options.steps,
+        start=options.start,
+        sampler=options.sampler,
+        seed=options.seed,
+        tile=options.tile,
+        colour=options.colour,
+        on_progress=_ProgressLine(source.name),
+    )
+    write_picture(target, picture._replace(pixels=pixels[0]), overwrite=options.overwrite)
+    seconds, peak = time.monotonic() - started, peak_memory(device) / 2**20
+    where = "GPU" if device.type == "cuda" else "process"
+    print(
+        f"{target}: {width} x {height} -> {size[1]} x {size[0]}, {seconds:.1f} s, peak memory {peak:.0f} MiB ({where})"
+    )
+
+
+class _ProgressLine:
+    """Progress with time left, on a terminal in one line, elsewhere every ten seconds."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.started = self.shown = time.monotonic()
+
+    def __call__(self, progress: UpscaleProgress) -> None:
+        now = time.monotonic()
+        live = sys.stderr.isatty()
+        done = progress.fraction >= 1
+        if now - self.shown >= (0.2 if live else 10) or (done and live):
+            left = (now - self.started) * (1 / progress.fraction - 1)
+            line = f"{self.name}: {progress.fraction:4.0%}, {left:.0f} s left"
+            print(
+                f"\r{line:<70}" if live else line,
+                end="\r" if live and done else "" if live else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.shown = now
+
+
+def _jobs(inputs: list[Path], output: Path) -> list[tuple[Path, Path]]:
+    """(input, output) of every picture; folders give all pictures in them, as PNG."""
+    sources: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in READABLE)
+            if not found:
+                raise PictureError(f"folder {path} holds no picture ({', '.join(READABLE)})")
+            sources += found
+        else:
+            sources.append(path)
+    if len(sources) == 1 and not inputs[0].is_dir() and not output.is_dir() and output.suffix:
+        return [(sources[0], output)]
+    if output.exists() and not output.is_dir():
+        raise PictureError(f"{output} is a file; give a folder for several pictures")
+    output.mkdir(parents=True, exist_ok=True)
+    jobs = [(source, output / f"{source.stem}.png") for source in sources]
+    taken: dict[Path, Path] = {}
+    for source, target in jobs:
+        if target in taken:
+            raise PictureError(f"{taken[target]} and {source} would both become {target}; run them apart")
+        taken[target] = source
+    return jobs
+
+
+# --- weights files
+
+
+def _info(options: argparse.Namespace) -> int:
+    file = open_weights(options.file)
+    require_infdit(file)
+    for name, value in describe(file).items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    for path in (options.target, options.clip):
+        if path is not None and path.exists() and not options.overwrite:
+            raise WeightsError(f"{path} exists; nothing was written. Choose another name, or allow it with --overwrite")
+    if options.source.exists() and options.target.exists() and options.source.samefile(options.target):
+        raise WeightsError(f"{options.source} can't be converted onto itself; choose another name")
+    dtype = _DTYPES[options.dtype] if options.dtype else None
+    convert(options.source, options.target, dtype=dtype, clip=options.clip, drop_clip=options.drop_clip)
+    print(f"{options.target}: {options.target.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+# --- measuring
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from . import bench
+
+    device, dtype = _device(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    block = bench.NETWORKS[options.network].block_size
+    cases = []
+    for width, height in options.size:
+        if width < block or height < block or width % block or height % block:
+            raise ValueError(f"size {width}x{height}: sides must be multiples of the block, {block}")
+        for tile in options.tile:
+            if tile == "auto":
+                raise ValueError("bench takes --tile whole or a number of blocks")
+            cases.append(bench.Case(width, height, None if tile is None else (tile, tile)))
+    results = bench.run(options.network, cases, device=device, dtype=dtype, rounds=options.rounds)
+    if options.json:
+        rows = [result._asdict() | {"case": result.case._asdict()} for result in results]
+        print(
+            json.dumps(
+                {"network": options.network, "device": str(device), "dtype": str(dtype), "results": rows}, indent=1
+            )
+        )
+        return 0
+    print(f"{options.network}, {device}, {dtype}, one evaluation, median of {options.rounds}")
+    print(f"{'size':>12} {'tile':>6} {'s':>8} {'TFLOP':>8} {'of matmul':>10} {'extra MiB':>10}")
+    for r in results:
+        tile = "whole" if r.case.tile is None else "x".join(map(str, r.case.tile))
+        print(
+            f"{r.case.width:>6}x{r.case.height:<5} {tile:>6} {r.seconds:8.2f} {r.flops / 1e12:8.2f} "
+            f"{r.share_of_matmul:10.2f} {r.peak_bytes / 2**20:10.0f}"
+        )
+    print(f"matmul: {results[0].matmul_flops_per_second / 1e12:.3f} TFLOP/s")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from .metrics import load_lpips, psnr_y, seam_energy, ssim_y
+
+    lpips = load_lpips(options.lpips) if options.lpips else None
+    rows: dict[str, dict[str, float]] = {}
+    upscaled = {p.stem: p for p in options.upscaled.iterdir() if p.suffix.lower() in READABLE}
+    for path in sorted(p for p in options.original.iterdir() if p.suffix.lower() in READABLE):
+        if path.stem not in upscaled:
+            print(f"infdit: {options.upscaled} has no {path.stem}", file=sys.stderr)
+            continue
+        x, original = (
+            read_picture(p).pixels[..., :3].permute(2, 0, 1)[None].expand(-1, 3, -1, -1)
+            for p in (upscaled[path.stem], path)
+        )
+        if x.shape != original.shape:
+            sides = [f"{t.shape[3]} x {t.shape[2]}" for t in (x, original)]
+            raise PictureError(f"{upscaled[path.stem]} is {sides[0]}, its original {sides[1]}")
+        rows[path.stem] = {
+            "psnr_y": psnr_y(x, original),
+            "ssim_y": ssim_y(x, original),
+            **({"lpips": lpips(x, original)} if lpips else {}),
+            "seam_energy": seam_energy(x, options.block),
+        }
+    if not rows:
+        raise PictureError(f"{options.original} and {options.upscaled} have no picture in common")
+    means = {name: sum(row[name] for row in rows.values()) / len(rows) for name in next(iter(rows.values()))}
+    if options.json:
+        print(json.dumps({"mean": means, "pictures": rows}, indent=1))
+        return 0
+    print(f"{'picture':<32}" + "".join(f"{name:>12}" for name in means))
+    for picture, row in [*rows.items(), ("mean", means)]:
+        print(f"{picture:<32}" + "".join(f"{value:12.4f}" for value in row.values()))
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    return train.main(options.settings)

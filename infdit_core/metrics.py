@@ -1,0 +1,100 @@
+"""How near a picture is to its original, and whether block borders show."""
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .weights import WeightsError, open_weights
+
+
+def luma(x: Tensor) -> Tensor:
+    """(B, 3, H, W) RGB in 0..1 -> (B, 1, H, W) Y of BT.601 in 16..235, the scale that super-resolution papers use."""
+    weights = torch.tensor([65.481, 128.553, 24.966], dtype=x.dtype, device=x.device)
+    return 16 + (x * weights[:, None, None]).sum(1, keepdim=True)
+
+
+def psnr_y(x: Tensor, original: Tensor, crop: int = 4) -> float:
+    """Peak signal-to-noise ratio of Y in dB, `crop` pixels cut off every side. (1, 3, H, W) in 0..1, both."""
+    difference = _cropped(luma(x), crop) - _cropped(luma(original), crop)
+    return float(10 * torch.log10(255**2 / difference.square().mean()))
+
+
+def ssim_y(x: Tensor, original: Tensor, crop: int = 4) -> float:
+    """Structural similarity of Y, Gaussian window of 11 and deviation 1.5 (Wang et al. 2004); arguments as psnr_y."""
+    a, b = (_cropped(luma(t.double()), crop) for t in (x, original))
+    if min(a.shape[2:]) < 11:
+        raise ValueError(f"SSIM needs pictures of at least {11 + 2 * crop} pixels a side, not {tuple(x.shape[2:])}")
+    window = torch.exp(-((torch.arange(11, dtype=a.dtype, device=a.device) - 5) ** 2) / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def blur(t: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(t, window[None, None, None]), window[None, None, :, None])
+
+    mean_a, mean_b = blur(a), blur(b)
+    variance_a, variance_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
+        (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
+    )
+    return float(similarity.mean())
+
+
+def seam_energy(x: Tensor, block: int) -> float:
+    """Mean squared step of Y across block borders over that elsewhere; 1 where borders don't show. (1, 3, H, W)."""
+    y = luma(x)
+    on, elsewhere = [], []
+    for axis in (2, 3):
+        steps = y.diff(dim=axis).square().mean(dim=(0, 1, 5 - axis))
+        border = torch.arange(1, len(steps) + 1) % block == 0
+        on.append(steps[border])
+        elsewhere.append(steps[~border])
+    if not len(torch.cat(on)):
+        raise ValueError(f"a picture of {x.shape[3]} x {x.shape[2]} has no border of {block}-pixel blocks")
+    return float(torch.cat(on).mean() / torch.cat(elsewhere).mean().clamp(min=1e-12))
+
+
+def load_lpips(path: str | os.PathLike[str]) -> Callable[[Tensor, Tensor], float]:
+    """LPIPS v0.1 on AlexNet (arXiv 1801.03924, eq. 1), a distance of two (1, 3, H, W) pictures in 0..1.
+
+    path: a file with AlexNet's `features.N.weight|bias` (torchvision's numbers) and the heads' `linN.model.1.weight`.
+    Written out here because the package lpips needs torchvision, which has no build beside a CPU-only torch.
+    Raises WeightsError for an unusable file.
+    """
+    file = open_weights(path)
+    # (index in torchvision's AlexNet, stride, padding, max-pooled before)
+    convolutions = [(0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False)]
+    names = [f"features.{n}.{part}" for n, *_ in convolutions for part in ("weight", "bias")]
+    names += [f"lin{i}.model.1.weight" for i in range(len(convolutions))]
+    missing = [name for name in names if name not in file.shapes]
+    if missing:
+        raise WeightsError(f"{file.path} is no LPIPS file for AlexNet: it lacks {missing[0]}")
+    weights = {name: file.read(name).float() for name in names}
+    shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
+    deviation = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+
+    def features(x: Tensor) -> list[Tensor]:
+        x = (x * 2 - 1 - shift) / deviation
+        levels = []
+        for n, stride, padding, pooled in convolutions:
+            if pooled:
+                x = F.max_pool2d(x, 3, 2)
+            weight, bias = weights[f"features.{n}.weight"], weights[f"features.{n}.bias"]
+            x = F.relu(F.conv2d(x, weight, bias, stride, padding))
+            levels.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return levels
+
+    @torch.no_grad()
+    def distance(x: Tensor, original: Tensor) -> float:
+        pairs = zip(features(x), features(original), strict=True)
+        heads = (weights[f"lin{i}.model.1.weight"] for i in range(len(convolutions)))
+        return float(sum(F.conv2d((a - b).square(), head).mean() for (a, b), head in zip(pairs, heads, strict=True)))
+
+    return distance
+
+
+def _cropped(x: Tensor, crop: int) -> Tensor:
+    return x[:, :, crop : x.shape[2] - crop, crop : x.shape[3] - crop]
