@@ -105,7 +105,7 @@ class Run:
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-        return float(loss), float(norm)
+        return loss.item(), norm.item()
 
     def _loss(self, batch: Batch) -> Tensor:
         config, generator, count = self.config, self.generator, len(batch.original)

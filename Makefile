@@ -1,0 +1,31 @@
+# make upscale: enlarge the example photograph. make test: run the tests, lint and types.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: upscale comparison test clean
+
+upscale: $(VENV)/installed
+	@mkdir -p output
+	@$(BIN)/infdit upscale examples/osprey.png -o output/osprey_x4.png --scale 4 --overwrite
+
+comparison: upscale
+	@$(BIN)/python examples/compare.py examples/osprey.png output/osprey_x4.png docs/comparison.jpg
+
+test: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+$(VENV)/installed: pyproject.toml
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) output

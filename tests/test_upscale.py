@@ -1,0 +1,170 @@
+"""The main job on a small network: any picture, any size, the same result however it is cut."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from infdit_core import InfDiT, upscale
+from infdit_core.infdit import Preset
+from infdit_core.upscale import UpscaleProgress, target_size
+
+PRESETS = {"faithful": Preset(1), "balanced": Preset(2, 0.1)}
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., InfDiT]) -> InfDiT:
+    return tiny_model(num_layers=1, parametrisation="residual", sigma_data=0.1, sigma_max=2.0, presets=_Frozen(PRESETS))
+
+
+class _Frozen(dict):  # hashable, so that the fixture can be cached
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+
+def image(height: int, width: int, channels: int = 3, batch: int = 1) -> Tensor:
+    return torch.rand(batch, height, width, channels, generator=torch.Generator().manual_seed(height * width))
+
+
+@pytest.mark.parametrize("scale", [0.5, 1, 1.7, 2, 3, 3.3, 4, 5, 8, 17])
+def test_any_scale(model: InfDiT, scale: float) -> None:
+    result = upscale(image(5, 9), model=model, scale=scale, preset="faithful")
+    assert result.shape == (1, round(5 * scale), round(9 * scale), 3)
+    assert result.dtype == torch.float32 and result.min() >= 0 and result.max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (4, 4), (13, 7)])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_any_picture(model: InfDiT, size: tuple[int, int], channels: int) -> None:
+    result = upscale(image(*size, channels), model=model, scale=4, preset="faithful")
+    assert result.shape == (1, 4 * size[0], 4 * size[1], channels)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((30, None), (30, 54)), ((None, 27), (15, 27)), ((40, 41), (40, 41))])
+def test_sizes(model: InfDiT, size: tuple[int | None, int | None], expected: tuple[int, int]) -> None:
+    assert upscale(image(5, 9), model=model, size=size, preset="faithful").shape[1:3] == expected
+
+
+def test_a_network_that_adds_nothing_gives_bicubic(tiny_model: Callable[..., InfDiT]) -> None:
+    """Padding, cropping, passes and ranges on their own: no shift, no lost border."""
+    model = InfDiT(tiny_model(parametrisation="residual", sigma_data=0.1, sigma_max=2.0).config)
+    model.initialise(torch.Generator().manual_seed(0))
+    ramp = torch.linspace(0.2, 0.8, 23)[:, None, None].expand(1, 23, 31, 3).contiguous()
+    for scale in (2, 4, 8):
+        got = upscale(ramp, model=model, scale=scale, steps=1)
+        inner = slice(2 * scale, -2 * scale)
+        centres = (torch.arange(23 * scale) + 0.5) / scale - 0.5
+        expected = 0.2 + 0.6 * centres / 22
+        assert torch.allclose(got[0, inner, 5, 0], expected[inner], atol=2e-3)
+
+
+def test_same_picture_whatever_the_tile_or_batch(model: InfDiT) -> None:
+    pictures = torch.cat([image(9, 14), image(9, 14).flip(1)])
+    whole = upscale(pictures, model=model, scale=4, seed=3, tile=None)
+    for tile in ("auto", 1, 2, (1, 3)):
+        assert torch.allclose(upscale(pictures, model=model, scale=4, seed=3, tile=tile), whole, atol=1e-5)
+    alone = upscale(pictures[1:], model=model, scale=4, seed=3)
+    assert torch.allclose(alone, whole[1:], atol=1e-5)
+    assert not torch.allclose(upscale(pictures, model=model, scale=4, seed=4), whole, atol=1e-3)
+
+
+def test_no_global_random_state_is_touched(model: InfDiT) -> None:
+    before = torch.get_rng_state()
+    for sampler in ("heun", "euler", "ddim", "dpmpp_2m"):
+        upscale(image(4, 4), model=model, scale=4, sampler=sampler)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_settings_choose_the_evaluations(model: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    original = InfDiT.denoise
+
+    def counted(self: InfDiT, noisy: Tensor, sigma: Tensor, *args: object, **kwargs: object) -> Tensor:
+        seen.append(round(float(sigma), 3))
+        return original(self, noisy, sigma, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(InfDiT, "denoise", counted)
+
+    def sigmas(**settings: object) -> list[float]:
+        seen.clear()
+        upscale(image(4, 4), model=model, scale=4, **settings)  # type: ignore[arg-type]
+        return list(seen)
+
+    assert sigmas(preset="faithful") == sigmas(steps=1) == [2.0]
+    assert sigmas() == [2.0, 0.1, 0.002, 0.002]
+    assert sigmas(steps=1, start=0.05) == [2.0, 0.05]
+    assert sigmas(steps=3, sampler="euler")[:2] == [2.0, 0.1] and len(sigmas(steps=3, sampler="euler")) == 4
+    assert sigmas(preset="faithful", steps=2) == [2.0, 0.002, 0.002], "without a start: from the largest sigma"
+
+
+def test_faithful_feeds_a_residual_network_no_noise(model: InfDiT) -> None:
+    first, second = (upscale(image(4, 4), model=model, scale=4, steps=1, seed=seed) for seed in (0, 1))
+    assert torch.equal(first, second)
+
+
+def test_progress_grows_to_one_and_can_stop(model: InfDiT) -> None:
+    seen: list[float] = []
+    upscale(image(9, 9, batch=2), model=model, scale=8, tile=1, on_progress=lambda p: seen.append(p.fraction))
+    assert seen == sorted(seen) and seen[-1] == pytest.approx(1) and len(seen) > 10
+
+    def stop(progress: UpscaleProgress) -> None:
+        assert progress.estimate.isfinite().all()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upscale(image(9, 9), model=model, scale=4, tile=1, on_progress=stop)
+
+
+def test_out_of_memory_lowers_the_tile_then_moves_keys_and_values(
+    model: InfDiT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = InfDiT.denoise
+    tried: list[tuple[object, object]] = []
+
+    def short(self: InfDiT, *args: object, **kwargs: object) -> Tensor:
+        tried.append((kwargs["tile"], kwargs["cache_device"]))
+        if kwargs["cache_device"] is None:
+            raise torch.OutOfMemoryError("no memory")
+        return original(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    expected = upscale(image(9, 9), model=model, scale=4, steps=1)
+    monkeypatch.setattr(InfDiT, "denoise", short)
+    assert torch.allclose(upscale(image(9, 9), model=model, scale=4, steps=1, tile=3), expected, atol=1e-5)
+    assert tried == [((3, 3), None), ((2, 2), None), ((1, 1), None), ((1, 1), "cpu")]
+    assert "1 x 1 blocks" in caplog.text and "host memory" in caplog.text
+
+    def never(self: InfDiT, *args: object, **kwargs: object) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(InfDiT, "denoise", never)
+    with pytest.raises(MemoryError, match="smaller result"):
+        upscale(image(9, 9), model=model, scale=4)
+
+
+@pytest.mark.parametrize("scale", [0, -1, math.nan, math.inf, 1e6, 1e300])
+def test_impossible_scales(scale: float) -> None:
+    with pytest.raises(ValueError, match=r"scale|pixels"):
+        target_size(4000, 4000, scale=scale)
+
+
+def test_bad_arguments_say_what_is_wrong(model: InfDiT) -> None:
+    good = image(4, 4)
+    for changes, said in [
+        ({"scale": None}, "how big"),
+        ({"size": (8, 8)}, "how big"),
+        ({"scale": None, "size": (None, None)}, "width"),
+        ({"scale": None, "size": (0, 8)}, "at least 1 pixel"),
+        ({"preset": "best"}, "faithful, balanced"),
+        ({"steps": 0}, "at least 1"),
+        ({"start": 3.0}, "up to 2"),
+        ({"sampler": "magic"}, "heun"),
+        ({"colour": "red"}, "wavelet"),
+        ({"tile": 0}, "at least 1 block"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            upscale(good, model=model, **({"scale": 4} | changes))  # type: ignore[arg-type]
+    for bad, said in [(good * math.nan, "NaN"), (good[:0], "shape"), (good[0], "shape"), (good[..., :0], "shape")]:
+        with pytest.raises(ValueError, match=said):
+            upscale(bad, model=model, scale=4)
