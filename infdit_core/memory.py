@@ -20,6 +20,11 @@ def available_memory(device: torch.device) -> int:
     return 4 * 2**30
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that an allocation failed, on the accelerator or the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def resident_memory(device: torch.device) -> int:
     """Bytes in use now: allocated tensors on CUDA, the process's resident set on the CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")

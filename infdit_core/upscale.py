@@ -15,7 +15,7 @@ from .images import match_low_frequencies, match_mean_deviation, pad_by_reflecti
 from .infdit.checkpoint import load_infdit
 from .infdit.config import InfDiTConfig
 from .infdit.model import InfDiT, Progress
-from .memory import available_memory
+from .memory import available_memory, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,9 @@ def _enlarge(
                     cache_device=memory.cache_device,
                     on_tile=on_tile,
                 )
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 memory.reduce()
             else:
                 on_evaluation()

@@ -6,6 +6,7 @@ What a file's tensors mean is known to the networks (`infdit/checkpoint.py` and 
 import json
 import os
 import pickle
+import re
 import struct
 import tempfile
 import zipfile
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -33,6 +35,17 @@ _SAFETENSORS_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+# numpy's random state stands beside the weights in a checkpoint out of a training run: plain numbers.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_RANDOM_STATE: list[Any] = [
+    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),  # numpy 1's name
+    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+]
 
 
 class WeightsError(ValueError):
@@ -85,23 +98,17 @@ def _open_safetensors(path: Path) -> WeightsFile:
 
 def _open_torch(path: Path) -> WeightsFile:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(_RANDOM_STATE):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        found = str(error).split("\n", 1)[0][:200]
+        # torch's own message advises to load the file without this check.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds {found[1]}, which is no tensor" if found else "it is no PyTorch file, or a damaged one"
         raise WeightsError(
-            f"{path} was refused, and nothing in it was executed: it is no PyTorch file, or holds more than tensors "
-            f"({found}). Get the file from its publisher, as .safetensors where there is one"
+            f"{path} was refused, and nothing in it was executed: {what}. "
+            "Get the file from its publisher, as .safetensors where there is one"
         ) from error
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        UnicodeDecodeError,
-    ) as error:
+    except Exception as error:  # torch's reader answers a damaged file with nearly any of them
         raise WeightsError(
             f"{path} can't be read as PyTorch weights ({error}); it is cut short or of another kind"
         ) from error

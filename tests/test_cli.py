@@ -219,9 +219,7 @@ def test_convert(run: Run, published: Path, tmp_path: Path) -> None:
     assert "no CLIP tower" in run("convert", out, tmp_path / "x.safetensors", "--clip", tmp_path / "y")[2]
 
 
-def test_convert_holds_one_tensor_at_a_time(
-    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_convert_holds_one_tensor_at_a_time(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from infdit_core import weights as module
 
     alive: list[int] = []

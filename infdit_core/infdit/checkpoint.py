@@ -124,7 +124,7 @@ def read_config(file: WeightsFile) -> InfDiTConfig:
             settings["presets"] = presets
         config = InfDiTConfig(**settings)
         config.check()
-    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
         raise WeightsError(
             f"{file.path} starts like an Inf-DiT file, but its hyper-parameters can't be read: {error!s} "
             "(a tensor is missing or has an unknown shape)"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Parametrisation = Literal["picture", "residual"]
 
@@ -67,6 +67,8 @@ class InfDiTConfig:
 
     def check(self) -> None:
         """Raise ValueError for hyper-parameters that no network can have."""
+        if self.parametrisation not in get_args(Parametrisation):
+            raise ValueError(f"parametrisation {self.parametrisation!r} is not known to this version")
         if self.hidden_size % self.num_heads or self.head_size % 4:
             raise ValueError(
                 f"hidden size {self.hidden_size} over {self.num_heads} heads must give a multiple of 4 per head, "

@@ -5,7 +5,7 @@ of a block in raster order, channels. `denoise` walks over the grid in tiles; th
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -255,13 +255,25 @@ class InfDiT(nn.Module):
         """
         config, device, dtype = self.config, self.final.weight.device, self.final.weight.dtype
         scan = self._scan(noisy, low_res, tile, direction)
+        if positions not in get_args(Positions):
+            raise ValueError(f"positions is {positions!r}: it must be 'reference' or 'continuous'")
         if upsampled is None:
-            upsampled = resize(low_res, (noisy.shape[2], noisy.shape[3])).clamp(-1, 1)
+            height, width = noisy.shape[2:]
+            upsampled = resize(low_res, (low_res.shape[2] * config.scale, low_res.shape[3] * config.scale))
+            edge = (upsampled.shape[2] - height) // 2  # a margin of low_res is no part of the picture
+            upsampled = upsampled[:, :, edge : edge + height, edge : edge + width].clamp(-1, 1)
         if upsampled.shape != noisy.shape:
             raise ValueError(
                 f"upsampled has shape {tuple(upsampled.shape)}, noisy {tuple(noisy.shape)}: they must match"
             )
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device).expand(len(noisy))
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)
+        if tuple(sigma.shape) not in ((), (1,), (len(noisy),)):
+            raise ValueError(f"sigma has shape {tuple(sigma.shape)}: it must be one number, or one a picture")
+        sigma = sigma.expand(len(noisy))
+        if semantic is not None and tuple(semantic.shape) not in [(b, config.semantic_size) for b in (1, len(noisy))]:
+            raise ValueError(
+                f"semantic has shape {tuple(semantic.shape)}: it must be {(len(noisy), config.semantic_size)}"
+            )
         *scalings, c_noise = edm.preconditioning(sigma, config.sigma_data)
         c_skip, c_out, c_in = (c[:, None, None, None] for c in scalings)
         modulations = self.modulations(self.conditioning(c_noise, None if semantic is None else semantic.to(device)))

@@ -117,8 +117,9 @@ class KVCache:
         line = self.line[layer]
         last = slice(tile.places.stop - 1, tile.places.stop)
         if more_places:
-            # The next tile's corner is about to be written over.
-            self.corner[layer] = None if line is None else line[:, :, last].clone()
+            corner = None if line is None else line[:, :, last]
+            # The next tile's corner is about to be written over, unless this is the last line.
+            self.corner[layer] = corner.clone() if corner is not None and more_lines else corner
             self.side[layer] = kv[:, :, :, -1].to(device, copy=True)
         if more_lines:
             if line is None:

@@ -1,0 +1,76 @@
+"""What several test files share."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from infdit_core.infdit import InfDiT, InfDiTConfig, load_infdit
+
+GOLDEN = Path(__file__).parent / "golden" / "infdit"
+
+# Everything here is small: a second thread gains nothing, and on a busy machine waiting for it takes most of the time.
+torch.set_num_threads(1)
+
+Golden = dict[str, Tensor]
+CloseTo = Callable[..., None]
+
+
+@lru_cache
+def _load_golden(name: str) -> Golden:
+    # Inputs were stored as float16 and positions as int16 where that loses nothing.
+    wide = {torch.float16: torch.float32, torch.int16: torch.int64}
+    return {key: t.to(wide.get(t.dtype, t.dtype)) for key, t in load_file(GOLDEN / f"{name}.safetensors").items()}
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """Where the reference's inputs and outputs are."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """The reference's tensors by name of the file; not to be written to."""
+    return _load_golden
+
+
+@pytest.fixture(scope="session")
+def golden_model() -> InfDiT:
+    """The network with the reference's random weights, loaded from a file in the published layout."""
+    return load_infdit(GOLDEN / "weights.safetensors")
+
+
+@pytest.fixture(scope="session")
+def assert_close() -> CloseTo:
+    """assert_close(found, expected, tolerance): the same shape, no element further away than that."""
+
+    def check(found: Tensor, expected: Tensor, tolerance: float) -> None:
+        assert found.shape == expected.shape
+        distance = (found.double() - expected.double()).abs().max().item()
+        assert distance <= tolerance, f"{distance:.3g} away, {tolerance:.3g} allowed"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., InfDiT]:
+    """tiny_model(seed, **hyper-parameters): a small network with random weights, none of them zero."""
+
+    def make(seed: int = 0, **changes: object) -> InfDiT:
+        settings = {"hidden_size": 16, "num_layers": 3, "num_heads": 2, "block_size": 16, "semantic_size": 8}
+        model = InfDiT(InfDiTConfig(**(settings | changes)))  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=max(0.2, parameter[0].numel() ** -0.5), generator=generator)
+            for module in model.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.weight.add_(1)
+        return model.eval().requires_grad_(False)
+
+    return make
