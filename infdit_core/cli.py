@@ -202,7 +202,7 @@ class _ProgressLine:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.started = self.shown = time.monotonic()
+        self.started, self.shown = time.monotonic(), -math.inf
 
     def __call__(self, progress: UpscaleProgress) -> None:
         now = time.monotonic()

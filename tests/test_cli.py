@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,10 +166,10 @@ def test_interrupt_stops_and_leaves_nothing(photo: Path, weights: Path, tmp_path
     Image.new("RGB", (900, 900)).save(photo)
     command = [sys.executable, "-m", "infdit_core", "upscale", photo, "-o", tmp_path / "out.png", "--model", weights]
     process = subprocess.Popen([*command, "--tile", "1"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    time.sleep(6)
-    assert process.poll() is None, "it should still be at work"
+    assert process.stderr is not None
+    assert "s left" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=20)
+    _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in complaint and "Traceback" not in complaint
     assert [p.name for p in tmp_path.iterdir()] == ["photo.png"]
 
