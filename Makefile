@@ -10,7 +10,8 @@ upscale: $(VENV)/installed
 	@$(BIN)/infdit upscale examples/osprey.png -o output/osprey_x4.png --scale 4 --overwrite
 
 comparison: upscale
-	@$(BIN)/python examples/compare.py examples/osprey.png output/osprey_x4.png docs/comparison.jpg
+	@mkdir -p docs
+	@$(BIN)/python scripts/compare.py examples/osprey.png output/osprey_x4.png docs/comparison.jpg
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -19,7 +20,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q
 
 $(VENV)/installed: pyproject.toml
-	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 

@@ -17,7 +17,6 @@ NETWORKS = {
     "medium": InfDiTConfig(hidden_size=256, num_layers=6, num_heads=4),
     "published": InfDiTConfig(),
 }
-_MATMUL_SIDE = 2048
 
 
 class Case(NamedTuple):
@@ -54,17 +53,18 @@ def run(
     """Time all cases in turn, `rounds` times after a warm-up, beside a matmul; memory each in a process of its own."""
     model = _model(network, device, dtype, seed)
     pictures = {case: _pictures(model.config, case) for case in cases}
-    a = torch.randn(_MATMUL_SIDE, _MATMUL_SIDE, device=device, dtype=dtype)
+    side = 8192 if device.type == "cuda" else 2048  # large enough to fill the device
+    a = torch.randn(side, side, device=device, dtype=dtype)
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
     rates: dict[Case, list[float]] = {case: [] for case in cases}
     for round_number in range(rounds + 1):
         for case in cases:
-            matmul = min(_seconds(lambda: a @ a, device) for _ in range(5))
+            matmul = statistics.median(_seconds(lambda: a @ a, device) for _ in range(5))
             noisy, low_res = pictures[case]
             took = _seconds(lambda n=noisy, lr=low_res, t=case.tile: model.denoise(n, 1.0, lr, tile=t), device)
             if round_number:
                 seconds[case].append(took)
-                rates[case].append(2 * _MATMUL_SIDE**3 / matmul)
+                rates[case].append(2 * side**3 / matmul)
     results = []
     for case in cases:
         flops = evaluation_flops(model.config, case.width, case.height)

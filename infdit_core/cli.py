@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import __version__, train
 from .images import READABLE, Picture, PictureError, check_writable, read_picture, write_picture
 from .infdit.checkpoint import convert, describe, load_infdit, require_infdit
-from .memory import peak_memory, reset_peak_memory
+from .memory import out_of_memory, peak_memory, reset_peak_memory
 from .upscale import TileSize, UpscaleProgress, target_size, upscale
 from .weights import WeightsError, open_weights
 
@@ -30,6 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except (PictureError, WeightsError, ValueError, OSError, MemoryError) as error:
         print(f"infdit: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(f"infdit: out of memory; choose a smaller result or cut the picture ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninfdit: interrupted; nothing half-written is left", file=sys.stderr)
@@ -101,7 +107,10 @@ def _device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
@@ -151,7 +160,6 @@ def _upscale(options: argparse.Namespace) -> int:
         try:
             check_writable(target, overwrite=options.overwrite)
             picture = read_picture(source)
-            check_writable(target, picture.pixels.shape[2], overwrite=options.overwrite)
             _upscale_one(source, picture, target, model, device, options)
         except (PictureError, ValueError, MemoryError) as error:
             print(
@@ -174,6 +182,7 @@ def _upscale_one(
         scale=None if sized else options.scale or 4.0,
         size=(options.height, options.width) if sized else None,
     )
+    check_writable(target, size, picture.pixels.shape[2], overwrite=options.overwrite)
     reset_peak_memory(device)
     started = time.monotonic()
     pixels = upscale(
@@ -260,6 +269,8 @@ def _convert(options: argparse.Namespace) -> int:
     for path in (options.target, options.clip):
         if path is not None and path.exists() and not options.overwrite:
             raise WeightsError(f"{path} exists; nothing was written. Choose another name, or allow it with --overwrite")
+    if options.clip is not None and options.clip.resolve() in (options.source.resolve(), options.target.resolve()):
+        raise WeightsError(f"{options.clip} can't hold the CLIP tower and the network; choose another name")
     if options.source.exists() and options.target.exists() and options.source.samefile(options.target):
         raise WeightsError(f"{options.source} can't be converted onto itself; choose another name")
     dtype = _DTYPES[options.dtype] if options.dtype else None
@@ -317,10 +328,7 @@ def _eval(options: argparse.Namespace) -> int:
         if path.stem not in upscaled:
             print(f"infdit: {options.upscaled} has no {path.stem}", file=sys.stderr)
             continue
-        x, original = (
-            read_picture(p).pixels[..., :3].permute(2, 0, 1)[None].expand(-1, 3, -1, -1)
-            for p in (upscaled[path.stem], path)
-        )
+        x, original = (_colours(read_picture(p)) for p in (upscaled[path.stem], path))
         if x.shape != original.shape:
             sides = [f"{t.shape[3]} x {t.shape[2]}" for t in (x, original)]
             raise PictureError(f"{upscaled[path.stem]} is {sides[0]}, its original {sides[1]}")
@@ -340,6 +348,12 @@ def _eval(options: argparse.Namespace) -> int:
     for picture, row in [*rows.items(), ("mean", means)]:
         print(f"{picture:<32}" + "".join(f"{value:12.4f}" for value in row.values()))
     return 0
+
+
+def _colours(picture: Picture) -> Tensor:
+    """(1, 3, H, W): without alpha, grey in all three."""
+    pixels = picture.pixels[..., : 1 if picture.pixels.shape[2] < 3 else 3]
+    return pixels.permute(2, 0, 1)[None].expand(-1, 3, -1, -1)
 
 
 def _train(options: argparse.Namespace) -> int:

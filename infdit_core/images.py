@@ -19,7 +19,11 @@ from .weights import write_atomically
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 _ORIENTATION = 0x0112  # EXIF
+# EXIF entries that speak of the picture's origin, its resolution, and the EXIF, GPS and interoperability blocks. The
+# others describe how the old file stored its pixels (in a TIFF), which no longer holds.
+_KEPT_EXIF = {270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 0x8769, 0x8825, 0xA005}
 
 
 class PictureError(ValueError):
@@ -50,17 +54,16 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
             mode, is_png = image.mode, image.format == "PNG"
             image.load()
             exif = image.getexif()
+            orientation = exif.get(_ORIENTATION, 1)
             turned = ImageOps.exif_transpose(image)
             if is_png and _png_depth(path) == 16 and mode in ("RGB", "RGBA", "LA"):
                 pixels, bits = _read_png16(path), 16  # Pillow would give 8
-                if exif.get(_ORIENTATION, 1) != 1:
-                    pixels = _turn(pixels, exif[_ORIENTATION])
+                pixels = _turn(pixels, orientation)
             else:
                 pixels, bits = _to_array(turned)
             if mode not in ("RGB", "RGBA", "P", "PA", "L", "LA", "1", "I;16", "I;16B", "I"):
                 profile = None
-            exif.pop(_ORIENTATION, None)
-            return Picture(torch.from_numpy(pixels), bits, profile, exif.tobytes() if len(exif) else None)
+            return Picture(torch.from_numpy(pixels), bits, profile, _kept_exif(exif))
     except FileNotFoundError:
         raise PictureError(f"{path} doesn't exist") from None
     except UnidentifiedImageError:
@@ -73,8 +76,19 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         raise PictureError(f"{path} can't be read: {error}; the file may be cut short or damaged") from error
 
 
+def _kept_exif(exif: Image.Exif) -> bytes | None:
+    for tag in [tag for tag in exif if tag not in _KEPT_EXIF]:
+        del exif[tag]
+    try:
+        return exif.tobytes() if len(exif) else None
+    except (ValueError, TypeError, struct.error, OverflowError):
+        return None  # entries no standard allows: the picture is worth more than they are
+
+
 def _to_array(image: Image.Image) -> tuple[np.ndarray[Any, Any], int]:
     """(H, W, C) fp32 in 0..1 and the bit depth."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save the picture with 8 or 16 bits a channel")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         return (np.asarray(image, dtype=np.float32) / 65535).clip(0, 1)[..., None], 16
     if "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):
@@ -95,8 +109,11 @@ def _png_depth(path: Path) -> int:
 def _read_png16(path: Path) -> np.ndarray[Any, Any]:
     import png
 
-    width, height, rows, info = png.Reader(filename=str(path)).asDirect()
-    values = np.vstack([np.asarray(row, dtype=np.uint16) for row in rows])
+    try:
+        width, height, rows, info = png.Reader(filename=str(path)).asDirect()
+        values = np.vstack([np.asarray(row, dtype=np.uint16) for row in rows])
+    except png.Error as error:
+        raise ValueError(str(error)) from error
     return values.reshape(height, width, info["planes"]).astype(np.float32) / 65535
 
 
@@ -108,12 +125,20 @@ def _turn(pixels: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any
     return np.ascontiguousarray(pixels[:: -1 if vertical else 1, :: -1 if horizontal else 1])
 
 
-def check_writable(path: str | os.PathLike[str], channels: int = 3, *, overwrite: bool = False) -> None:
-    """Raise PictureError if a picture with so many channels can't go to `path`, before any work is done for it."""
+def check_writable(
+    path: str | os.PathLike[str], size: tuple[int, int] = (1, 1), channels: int = 3, *, overwrite: bool = False
+) -> None:
+    """Raise PictureError if a picture of such (height, width) and channels can't go to `path`: before work is done."""
     path = Path(path)
     if path.suffix.lower() not in WRITABLE:
         raise PictureError(f"{path}: can't write {path.suffix or 'a file without suffix'}; use {', '.join(WRITABLE)}")
-    if channels in (2, 4) and WRITABLE[path.suffix.lower()] == "JPEG":
+    kind = WRITABLE[path.suffix.lower()]
+    longest = _LONGEST_SIDE.get(kind, max(size))
+    if max(size) > longest:
+        raise PictureError(
+            f"{path}: {kind} ends at {longest} pixels a side, this is {size[1]} x {size[0]}; write .png or .tif"
+        )
+    if channels in (2, 4) and kind == "JPEG":
         raise PictureError(f"{path}: JPEG has no transparency, and this picture has; write .png, .webp or .tif")
     if path.exists() and not overwrite:
         raise PictureError(f"{path} exists; nothing was written. Choose another name, or allow it with --overwrite")
@@ -126,25 +151,27 @@ def check_writable(path: str | os.PathLike[str], channels: int = 3, *, overwrite
 def write_picture(path: str | os.PathLike[str], picture: Picture, *, overwrite: bool = False) -> None:
     """Write a picture as its suffix says, atomically; 16 bit where the format and Pillow can. Raises PictureError."""
     path = Path(path)
-    check_writable(path, picture.pixels.shape[2], overwrite=overwrite)
+    height, width, channels = picture.pixels.shape
+    check_writable(path, (height, width), channels, overwrite=overwrite)
     kind = WRITABLE[path.suffix.lower()]
-    channels = picture.pixels.shape[2]
-    values = picture.pixels.clamp(0, 1).numpy()
+    deep = picture.bits == 16 and (kind == "PNG" or (kind == "TIFF" and channels == 1))
+    levels = np.empty((height, width, channels), dtype=np.uint16 if deep else np.uint8)
+    for top in range(0, height, 256):  # in bands: a whole copy in fp32 may not fit beside a large picture
+        band = picture.pixels[top : top + 256].clamp(0, 1) * (65535 if deep else 255)
+        levels[top : top + 256] = band.round().numpy()
     keep: dict[str, Any] = {"icc_profile": picture.icc_profile, "exif": picture.exif}
     keep = {name: value for name, value in keep.items() if value}
     options: dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
     save: Callable[[Any], None]
-    if picture.bits == 16 and kind == "PNG" and channels > 1:
-        encoded = _png16(values, picture.icc_profile, picture.exif)
+    if kind == "JPEG" and len(keep.get("exif", b"")) > 65000:
+        del keep["exif"]  # more than JPEG can hold
+    if deep and channels > 1:
+        encoded = _png16(levels, picture.icc_profile, picture.exif)
 
         def save(file: Any) -> None:
             file.write(encoded)
     else:
-        if picture.bits == 16 and channels == 1 and kind in ("PNG", "TIFF"):
-            image = Image.fromarray((values[..., 0] * 65535).round().astype(np.uint16))
-        else:
-            levels = (values * 255).round().astype(np.uint8)
-            image = Image.fromarray(levels[..., 0] if channels == 1 else levels)
+        image = Image.fromarray(levels[..., 0] if channels == 1 else levels)
 
         def save(file: Any) -> None:
             image.save(file, format=kind, **options, **keep)
@@ -155,13 +182,13 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, *, overwrite: 
         raise PictureError(f"{path} can't be written: {error}") from error
 
 
-def _png16(values: np.ndarray[Any, Any], icc_profile: bytes | None, exif: bytes | None) -> bytes:
+def _png16(levels: np.ndarray[Any, Any], icc_profile: bytes | None, exif: bytes | None) -> bytes:
     import png
 
-    height, width, channels = values.shape
+    height, width, channels = levels.shape
     writer = png.Writer(width, height, greyscale=channels <= 2, alpha=channels in (2, 4), bitdepth=16, compression=3)
     buffer = io.BytesIO()
-    writer.write(buffer, (values * 65535).round().astype(np.uint16).reshape(height, -1))
+    writer.write(buffer, levels.reshape(height, -1))
 
     def chunks() -> Iterator[tuple[bytes, bytes]]:
         for kind, data in png.Reader(bytes=buffer.getvalue()).chunks():

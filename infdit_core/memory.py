@@ -1,6 +1,6 @@
 """How much memory there is, and how much a process has used."""
 
-import os
+import contextlib
 import sys
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def available_memory(device: torch.device) -> int:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that an allocation failed, on the accelerator or the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def resident_memory(device: torch.device) -> int:
@@ -34,8 +34,9 @@ def reset_peak_memory(device: torch.device) -> None:
     """Start counting the peak anew (on the CPU: Linux only, elsewhere it counts since the process started)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:

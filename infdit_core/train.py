@@ -19,5 +19,5 @@ def main(settings: Sequence[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"infdit: {error}")

@@ -103,6 +103,8 @@ def upscale(
 
     Returns (B, H', W', C) fp32 on image's device. Raises ValueError for what can't be done.
     """
+    if not image.is_floating_point():
+        raise ValueError(f"image is {image.dtype}: it must be floating point in 0..1, so divide levels by 255")
     if image.ndim != 4 or image.shape[3] not in (1, 2, 3, 4) or 0 in image.shape:
         raise ValueError(
             f"image has shape {tuple(image.shape)}: it must be (B, H, W, C) with 1 to 4 channels, none empty"
@@ -140,7 +142,7 @@ def upscale(
 
             x = _enlarge(x, model, schedule, sampler, seed, vector, tile, report, evaluated)
             x = x if tuple(x.shape[2:]) == wanted else resize(x, wanted)
-            x = x.clamp(-1, 1)
+            x = x.clamp_(-1, 1)
         if not passes:
             x = resize(x, size).clamp(-1, 1)
         if colour != "none":
@@ -152,7 +154,7 @@ def upscale(
         if alpha is not None:
             x = torch.cat([x, resize(alpha, size).clamp(0, 1)], dim=1)
         results.append(x.permute(0, 2, 3, 1))
-    return torch.cat(results)
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 class _Schedule(NamedTuple):
@@ -173,23 +175,32 @@ def _schedule(config: InfDiTConfig, preset: str, steps: int | None, start: float
     chosen = config.presets[preset]
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: at least 1 is needed")
-    if start is not None and not 0 < start <= config.sigma_max:
-        raise ValueError(f"start is {start}: these weights take a sigma above 0 and up to {config.sigma_max:g}")
+    if start is not None and not config.sigma_min < start <= config.sigma_max:
+        raise ValueError(
+            f"start is {start}: these weights take a sigma above {config.sigma_min:g} and up to {config.sigma_max:g}"
+        )
     if start is None and steps != 1:
         start = chosen.start
     steps = steps or chosen.steps
     if start is None:
         sigmas = edm.sigmas(steps, config.sigma_min, config.sigma_max)
     else:
-        sigmas = edm.sigmas(steps, min(config.sigma_min, start), start)
+        sigmas = edm.sigmas(steps, config.sigma_min, start)
     return _Schedule(sigmas, from_estimate=start is not None, only_estimate=start is None and steps == 1)
 
 
 def _passes(size: tuple[int, int], target: tuple[int, int], scale: int) -> list[tuple[int, int]]:
-    """Size after every pass of the network: the last is the target, the ones before are where the next one starts."""
+    """Size after every pass of the network: the last is the target, the ones before are where the next one starts.
+
+    Where the sides grow by different factors, none falls below its input or its target on the way.
+    """
     ratio = max(target[0] / size[0], target[1] / size[1])
     count = 0 if ratio <= 1 else math.ceil(math.log(ratio, scale) - 1e-9)
-    return [(math.ceil(target[0] / scale**left), math.ceil(target[1] / scale**left)) for left in reversed(range(count))]
+
+    def side(axis: int, left: int) -> int:
+        return max(math.ceil(target[axis] / scale**left), min(target[axis], size[axis]))
+
+    return [(side(0, left), side(1, left)) for left in reversed(range(count))]
 
 
 def _enlarge(
@@ -247,7 +258,7 @@ def _enlarge(
         first = upsampled if residual else upsampled + sigma_max * noise(upsampled)
         result = denoise(first, sigma_max)
         if schedule.from_estimate:
-            result = result + schedule.sigmas[0] * noise(result)
+            result = noise(result).mul_(schedule.sigmas[0]).add_(result)
     else:
         result = upsampled + schedule.sigmas[0] * noise(upsampled)
     if not schedule.only_estimate:
@@ -271,8 +282,9 @@ class _MemoryPlan:
             # Beyond some thousand tokens a larger tile is no faster, and on a CPU it falls out of the cache.
             most = max(1, (4096 if weight.device.type == "cpu" else 65536) // config.block_tokens**2)
             blocks = min(most, max(1, int(spare // block_bytes)))
-            side = max(1, math.isqrt(blocks))
-            self.tile = (min(rows, side), min(cols, side))
+            across = min(rows, cols, max(1, math.isqrt(blocks)))
+            along = min(max(rows, cols), max(1, blocks // across))
+            self.tile = (across, along) if rows <= cols else (along, across)
         elif tile is None:
             self.tile = (rows, cols)
         else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from infdit_core import InfDiT, upscale
 from infdit_core.infdit import Preset
-from infdit_core.upscale import UpscaleProgress, target_size
+from infdit_core.upscale import UpscaleProgress, _passes, target_size
 
 PRESETS = {"faithful": Preset(1), "balanced": Preset(2, 0.1)}
 
@@ -45,6 +45,12 @@ def test_any_picture(model: InfDiT, size: tuple[int, int], channels: int) -> Non
 @pytest.mark.parametrize(("size", "expected"), [((30, None), (30, 54)), ((None, 27), (15, 27)), ((40, 41), (40, 41))])
 def test_sizes(model: InfDiT, size: tuple[int | None, int | None], expected: tuple[int, int]) -> None:
     assert upscale(image(5, 9), model=model, size=size, preset="faithful").shape[1:3] == expected
+
+
+def test_unequal_factors_never_shrink_a_side_on_the_way() -> None:
+    assert _passes((1000, 1000), (1000, 6400), 4) == [(1000, 1600), (1000, 6400)]
+    assert _passes((4000, 1), (4000, 4000), 4)[0][0] == 4000
+    assert _passes((10, 10), (80, 80), 4) == [(20, 20), (80, 80)]
 
 
 def test_a_network_that_adds_nothing_gives_bicubic(tiny_model: Callable[..., InfDiT]) -> None:
@@ -159,12 +165,19 @@ def test_bad_arguments_say_what_is_wrong(model: InfDiT) -> None:
         ({"preset": "best"}, "faithful, balanced"),
         ({"steps": 0}, "at least 1"),
         ({"start": 3.0}, "up to 2"),
+        ({"start": 0.001}, "above 0.002"),
         ({"sampler": "magic"}, "heun"),
         ({"colour": "red"}, "wavelet"),
         ({"tile": 0}, "at least 1 block"),
     ]:
         with pytest.raises(ValueError, match=said):
             upscale(good, model=model, **({"scale": 4} | changes))  # type: ignore[arg-type]
-    for bad, said in [(good * math.nan, "NaN"), (good[:0], "shape"), (good[0], "shape"), (good[..., :0], "shape")]:
+    for bad, said in [
+        (good * math.nan, "NaN"),
+        (good[:0], "shape"),
+        (good[0], "shape"),
+        (good[..., :0], "shape"),
+        (good.byte(), "floating"),
+    ]:
         with pytest.raises(ValueError, match=said):
             upscale(bad, model=model, scale=4)

@@ -81,11 +81,13 @@ def _edm(
             sigma = raised
         denoised = denoise(x, sigma)
         _report(callback, x, i, sigma, denoised)
-        slope = (x - denoised) / sigma
+        # In place where it can be: these tensors have the size of the result.
+        slope = (x - denoised).div_(sigma)
+        del denoised
         euler_step = x + (following - sigma) * slope
         if second_order and following > 0:
-            slope_there = (euler_step - denoise(euler_step, following)) / following
-            x = x + (following - sigma) * (slope + slope_there) / 2
+            slope_there = (euler_step - denoise(euler_step, following)).div_(following)
+            x = x + slope.add_(slope_there).mul_((following - sigma) / 2)
         else:
             x = euler_step
     return x

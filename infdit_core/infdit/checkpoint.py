@@ -56,6 +56,7 @@ _DROPPED = {
     _ADALN + "k_layer_norm.{}.bias": "keys are normalised by q_layer_norm",
     "transformer.position_embeddings.weight": "positions are rotary",
 }
+_METADATA_FIELDS = ("rope_side", "parametrisation", "sigma_data", "sigma_min", "sigma_max")  # not in the shapes
 ROPE_TABLES = (_ADALN + "rope.freqs_cos", _ADALN + "rope.freqs_sin")  # computed instead
 
 
@@ -118,7 +119,8 @@ def read_config(file: WeightsFile) -> InfDiTConfig:
         }
         if ROPE_TABLES[0] in file.shapes:
             settings["rope_side"] = file.shapes[ROPE_TABLES[0]][0]
-        settings |= json.loads(file.metadata.get("config", "{}"))
+        said = dict(json.loads(file.metadata.get("config", "{}")))
+        settings |= {name: said[name] for name in _METADATA_FIELDS if name in said}
         presets = {name: Preset(**fields) for name, fields in json.loads(file.metadata.get("presets", "{}")).items()}
         if presets:
             settings["presets"] = presets
@@ -182,9 +184,7 @@ def load_infdit(
 
 def infdit_metadata(config: InfDiTConfig) -> dict[str, str]:
     """What shapes don't say, as safetensors metadata."""
-    fields = {
-        name: getattr(config, name) for name in ("rope_side", "parametrisation", "sigma_data", "sigma_min", "sigma_max")
-    }
+    fields = {name: getattr(config, name) for name in _METADATA_FIELDS}
     presets = {name: preset._asdict() for name, preset in config.presets.items()}
     return {"architecture": "infdit", "config": json.dumps(fields), "presets": json.dumps(presets)}
 

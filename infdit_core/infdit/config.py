@@ -69,6 +69,10 @@ class InfDiTConfig:
         """Raise ValueError for hyper-parameters that no network can have."""
         if self.parametrisation not in get_args(Parametrisation):
             raise ValueError(f"parametrisation {self.parametrisation!r} is not known to this version")
+        if not 0 < self.sigma_min <= self.sigma_max or self.sigma_data <= 0 or self.rope_side < 1:
+            raise ValueError("sigma_data, 0 < sigma_min <= sigma_max and rope_side must be positive and in order")
+        if any(preset.steps < 1 for preset in self.presets.values()):
+            raise ValueError("a preset needs at least one step")
         if self.hidden_size % self.num_heads or self.head_size % 4:
             raise ValueError(
                 f"hidden size {self.hidden_size} over {self.num_heads} heads must give a multiple of 4 per head, "

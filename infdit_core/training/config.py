@@ -61,4 +61,8 @@ def parse(settings: Sequence[str]) -> TrainConfig:
     missing = [name for name in ("photographs", "out") if not values.get(name)]
     if missing:
         raise ValueError(f"say {' and '.join(f'{name}=FOLDER' for name in missing)}")
-    return TrainConfig(**values)  # type: ignore[arg-type]
+    config = TrainConfig(**values)  # type: ignore[arg-type]
+    for name in ("steps", "warmup", "decay", "batch", "crop", "held", "validate_every", "save_every"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name}={getattr(config, name)}: it must be above 0")
+    return config

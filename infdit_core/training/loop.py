@@ -47,7 +47,7 @@ class Run:
         ]
         # Every so-and-so-many-th photograph is held back for validation.
         photographs = load_photographs(
-            Path(config.photographs), self.network.scale, config.crop + 2 * self.network.block_size
+            Path(config.photographs), self.network.scale, 2 * (config.crop + self.network.block_size)
         )
         every = max(2, len(photographs) // config.held)
         held = photographs[::every][: config.held]
