@@ -120,7 +120,9 @@ def read_config(file: WeightsFile) -> InfDiTConfig:
         if ROPE_TABLES[0] in file.shapes:
             settings["rope_side"] = file.shapes[ROPE_TABLES[0]][0]
         said = dict(json.loads(file.metadata.get("config", "{}")))
-        settings |= {name: said[name] for name in _METADATA_FIELDS if name in said}
+        if not set(said) <= set(_METADATA_FIELDS):
+            raise ValueError(f"its metadata says {', '.join(said)}, which this version doesn't know")
+        settings |= said
         presets = {name: Preset(**fields) for name, fields in json.loads(file.metadata.get("presets", "{}")).items()}
         if presets:
             settings["presets"] = presets

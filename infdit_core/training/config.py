@@ -15,7 +15,7 @@ NANO = InfDiTConfig(
     sigma_data=0.1,  # the deviation of photographs' residuals to their upsampled low resolution
     sigma_min=0.005,
     sigma_max=2.0,
-    presets={"faithful": Preset(1), "balanced": Preset(4, 0.1), "detailed": Preset(4, 0.15)},
+    presets={"faithful": Preset(1), "balanced": Preset(4, 0.15), "detailed": Preset(4, 0.25)},
 )
 
 
