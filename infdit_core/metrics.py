@@ -43,15 +43,19 @@ def ssim_y(x: Tensor, original: Tensor, crop: int = 4) -> float:
     return float(similarity.mean())
 
 
-def seam_energy(x: Tensor, block: int) -> float:
-    """Mean squared step of Y across block borders over that elsewhere; 1 where borders don't show. (1, 3, H, W)."""
+def seam_energy(x: Tensor, block: int, grid: int = 4) -> float:
+    """Mean squared step of Y across block borders over that elsewhere; 1 where borders don't show. (1, 3, H, W).
+
+    Elsewhere: at the other multiples of `grid` pixels, the scale. An enlarged picture's steps differ by where they lie
+    between two low-resolution pixels (bicubic's by a third), and block borders always lie half-way.
+    """
     y = luma(x)
     on, elsewhere = [], []
     for axis in (2, 3):
         steps = y.diff(dim=axis).square().mean(dim=(0, 1, 5 - axis))
-        border = torch.arange(1, len(steps) + 1) % block == 0
-        on.append(steps[border])
-        elsewhere.append(steps[~border])
+        place = torch.arange(1, len(steps) + 1)
+        on.append(steps[place % block == 0])
+        elsewhere.append(steps[(place % block != 0) & (place % grid == 0)])
     if not len(torch.cat(on)):
         raise ValueError(f"a picture of {x.shape[3]} x {x.shape[2]} has no border of {block}-pixel blocks")
     return float(torch.cat(on).mean() / torch.cat(elsewhere).mean().clamp(min=1e-12))

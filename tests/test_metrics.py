@@ -44,7 +44,7 @@ def test_ssim_is_one_for_equal_and_falls() -> None:
 
 def test_seams_show_and_plain_noise_does_not() -> None:
     x = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0))
-    assert seam_energy(x, 32) == pytest.approx(1, abs=0.03)
+    assert seam_energy(x, 32) == pytest.approx(1, abs=0.05)
     step = x + 0.2 * ((torch.arange(512) // 32) % 2)
     assert seam_energy(step, 32) > 1.1
     assert seam_energy(step.transpose(2, 3), 32) > 1.1
