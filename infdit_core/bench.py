@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .infdit.config import InfDiTConfig
+from .infdit.config import CHANNELS, InfDiTConfig
 from .infdit.model import InfDiT
 from .memory import peak_memory, reset_peak_memory, resident_memory
 
@@ -34,6 +34,7 @@ class Result(NamedTuple):
     share_of_matmul: float  # median of the rounds, each against the matmul measured beside it
     matmul_flops_per_second: float  # median
     peak_bytes: int  # above the loaded model, pictures included
+    picture_bytes: int  # of these, the noisy, the upsampled and the estimated picture
 
 
 def evaluation_flops(config: InfDiTConfig, width: int, height: int) -> float:
@@ -72,7 +73,10 @@ def run(
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak = pool.apply(_peak, (network, case, str(device), dtype, torch.get_num_threads(), seed))
         median = statistics.median
-        results.append(Result(case, median(seconds[case]), flops, median(shares), median(rates[case]), peak))
+        pictures_bytes = 3 * 4 * CHANNELS * case.width * case.height
+        results.append(
+            Result(case, median(seconds[case]), flops, median(shares), median(rates[case]), peak, pictures_bytes)
+        )
     return results
 
 

@@ -307,12 +307,12 @@ def _bench(options: argparse.Namespace) -> int:
         )
         return 0
     print(f"{options.network}, {device}, {dtype}, one evaluation, median of {options.rounds}")
-    print(f"{'size':>12} {'tile':>6} {'s':>8} {'TFLOP':>8} {'of matmul':>10} {'extra MiB':>10}")
+    print(f"{'size':>12} {'tile':>6} {'s':>8} {'TFLOP':>8} {'of matmul':>10} {'extra MiB':>10} {'of it pictures':>15}")
     for r in results:
         tile = "whole" if r.case.tile is None else "x".join(map(str, r.case.tile))
         print(
             f"{r.case.width:>6}x{r.case.height:<5} {tile:>6} {r.seconds:8.2f} {r.flops / 1e12:8.2f} "
-            f"{r.share_of_matmul:10.2f} {r.peak_bytes / 2**20:10.0f}"
+            f"{r.share_of_matmul:10.2f} {r.peak_bytes / 2**20:10.0f} {r.picture_bytes / 2**20:15.0f}"
         )
     print(f"matmul: {results[0].matmul_flops_per_second / 1e12:.3f} TFLOP/s")
     return 0
