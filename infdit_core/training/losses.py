@@ -1,11 +1,7 @@
 """The denoising loss, and how it is weighted over noise levels."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-Weighting = Callable[[Tensor], Tensor]
 
 
 def unit_weight(sigma: Tensor) -> Tensor:
