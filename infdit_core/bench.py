@@ -37,15 +37,11 @@ class Result(NamedTuple):
     picture_bytes: int  # of these, the noisy, the upsampled and the estimated picture
 
 
-def evaluation_flops(config: InfDiTConfig, width: int, height: int) -> float:
-    """Floating point operations of one evaluation: matrix products and attention, nothing elementwise."""
-    blocks = (width // config.block_size) * (height // config.block_size)
-    tokens, hidden, window = config.block_tokens**2, config.hidden_size, (3 * config.lr_block_tokens) ** 2
-    layer = 24 * hidden**2 + 4 * 4 * tokens * hidden  # projections and MLP; four blocks of keys
-    cross = 4 * hidden**2 + 4 * window * hidden
-    low_res = config.lr_block_tokens**2 * (4 * hidden**2 + 2 * 12 * hidden)
-    ends = 2 * hidden * (6 + 3) * config.patch_size**2
-    return float(blocks * (tokens * (config.num_layers * layer + cross + ends) + low_res))
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations a second of a matrix product large enough to fill the device, median of five."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / statistics.median(_seconds(lambda: a @ a, device) for _ in range(5))
 
 
 def run(
@@ -54,21 +50,19 @@ def run(
     """Time all cases in turn, `rounds` times after a warm-up, beside a matmul; memory each in a process of its own."""
     model = _model(network, device, dtype, seed)
     pictures = {case: _pictures(model.config, case) for case in cases}
-    side = 8192 if device.type == "cuda" else 2048  # large enough to fill the device
-    a = torch.randn(side, side, device=device, dtype=dtype)
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
     rates: dict[Case, list[float]] = {case: [] for case in cases}
     for round_number in range(rounds + 1):
         for case in cases:
-            matmul = statistics.median(_seconds(lambda: a @ a, device) for _ in range(5))
+            rate = matmul_rate(device, dtype)
             noisy, low_res = pictures[case]
             took = _seconds(lambda n=noisy, lr=low_res, t=case.tile: model.denoise(n, 1.0, lr, tile=t), device)
             if round_number:
                 seconds[case].append(took)
-                rates[case].append(2 * side**3 / matmul)
+                rates[case].append(rate)
     results = []
     for case in cases:
-        flops = evaluation_flops(model.config, case.width, case.height)
+        flops = model.config.evaluation_flops(case.width, case.height)
         shares = [flops / took / rate for took, rate in zip(seconds[case], rates[case], strict=True)]
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak = pool.apply(_peak, (network, case, str(device), dtype, torch.get_num_threads(), seed))

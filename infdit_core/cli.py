@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import __version__, train
 from .images import READABLE, Picture, PictureError, check_writable, read_picture, write_picture
-from .infdit.checkpoint import convert, describe, load_infdit, require_infdit
+from .infdit.checkpoint import convert, describe, load_infdit
 from .memory import out_of_memory, peak_memory, reset_peak_memory
 from .upscale import TileSize, UpscaleProgress, target_size, upscale
 from .weights import WeightsError, open_weights
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (PictureError, WeightsError, ValueError, OSError, MemoryError) as error:
+    except (PictureError, WeightsError, ValueError, OSError, MemoryError, ArithmeticError) as error:
         print(f"infdit: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=sorted(_DTYPES), help="of the network's tensors (as they are)")
     sub.add_argument("--clip", type=Path, metavar="FILE", help="split the CLIP tower off into this file")
     sub.add_argument("--drop-clip", action="store_true", help="leave the CLIP tower out")
+    sub.add_argument("--lora", type=Path, metavar="FILE", help="merge this LoRA into the network")
     sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     sub = command("bench", _bench, "time one evaluation of a random-weight network, whole and streamed")
@@ -96,8 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--block", type=int, default=32, help="pixels, for the seam energy (32, the default weights')")
     sub.add_argument("--json", action="store_true")
 
-    sub = command("train", _train, "train on a folder of photographs")
-    sub.add_argument("settings", nargs="*", metavar="key=value")
+    sub = command("train", _train, "train on folders of pictures")
+    sub.add_argument("arguments", nargs="+", metavar="CONFIG|key=value", help="nano, infdit or a YAML file; settings")
+    sub.add_argument("--debug", action="store_true", help="into the debugger at an error")
     return parser
 
 
@@ -258,9 +260,7 @@ def _jobs(inputs: list[Path], output: Path) -> list[tuple[Path, Path]]:
 
 
 def _info(options: argparse.Namespace) -> int:
-    file = open_weights(options.file)
-    require_infdit(file)
-    for name, value in describe(file).items():
+    for name, value in describe(open_weights(options.file)).items():
         print(f"{name}: {value}")
     return 0
 
@@ -273,8 +273,18 @@ def _convert(options: argparse.Namespace) -> int:
         raise WeightsError(f"{options.clip} can't hold the CLIP tower and the network; choose another name")
     if options.source.exists() and options.target.exists() and options.source.samefile(options.target):
         raise WeightsError(f"{options.source} can't be converted onto itself; choose another name")
+    outputs = [path.resolve() for path in (options.target, options.clip) if path is not None]
+    if options.lora is not None and options.lora.resolve() in outputs:
+        raise WeightsError(f"{options.lora} can't hold the LoRA and the result; choose another name")
     dtype = _DTYPES[options.dtype] if options.dtype else None
-    convert(options.source, options.target, dtype=dtype, clip=options.clip, drop_clip=options.drop_clip)
+    convert(
+        options.source,
+        options.target,
+        dtype=dtype,
+        clip=options.clip,
+        drop_clip=options.drop_clip,
+        lora=options.lora,
+    )
     print(f"{options.target}: {options.target.stat().st_size / 2**20:.1f} MiB")
     return 0
 
@@ -357,4 +367,4 @@ def _colours(picture: Picture) -> Tensor:
 
 
 def _train(options: argparse.Namespace) -> int:
-    return train.main(options.settings)
+    return train.main([*options.arguments, *(["--debug"] if options.debug else [])])

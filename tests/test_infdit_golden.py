@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from infdit_core import semantics
-from infdit_core.diffusion import edm, samplers
+from infdit_core.diffusion import edm, preconditioning, samplers
 from infdit_core.images import Picture, read_picture, resize, write_picture
 from infdit_core.infdit import InfDiT, InfDiTConfig, load_infdit
 from infdit_core.infdit import model as model_module
@@ -92,7 +92,7 @@ def test_hyper_parameters_are_read_off_the_file(golden_model: InfDiT, golden_fol
 def test_preconditioning(golden: GoldenFile, assert_close: CloseTo) -> None:
     """Wrong coefficients leave noise in the picture or wash it out."""
     a = golden("a_embeddings")
-    coefficients = edm.preconditioning(a["sigmas"], 0.5)
+    coefficients = preconditioning.edm(a["sigmas"], 0.5)
     for name, found in zip(("c_skip", "c_out", "c_in", "c_noise"), coefficients, strict=True):
         assert_close(found, a[name], 1e-6)
 

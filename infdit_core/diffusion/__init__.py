@@ -1,5 +1,5 @@
 """Schedules, preconditioning, samplers: no network in here."""
 
-from . import edm, samplers
+from . import edm, preconditioning, samplers
 
-__all__ = ["edm", "samplers"]
+__all__ = ["edm", "preconditioning", "samplers"]

@@ -1,9 +1,10 @@
-"""Inf-DiT's weights files: names on disk (those of the published file) and in the code, hyper-parameters, loading."""
+"""Inf-DiT's weights files: hyper-parameters, loading, saving, converting. Their names on disk: `keys.py`."""
 
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,77 +12,32 @@ from torch import Tensor, nn
 
 from ..weights import DEFAULT_WEIGHTS, WeightsError, WeightsFile, open_weights, save_weights
 from .config import CHANNELS, LR_PATCH_SIZE, InfDiTConfig, Preset
+from .keys import ADALN, CLIP_PREFIX, ROPE_TABLES, dropped_keys, key_table
+from .lora import describe_lora, is_lora, merged_state, open_lora
 from .model import InfDiT
 
 DEFAULT_FILE = DEFAULT_WEIGHTS / "infdit_nano.safetensors"
-CLIP_PREFIX = "image_encoder.model."  # the CLIP image tower inside the published file
-
-_ADALN = "mixins.adaln_layer."
-_TRANSFORMER = "transformer.layers.{}."
-
-# Modules, each with a weight and a bias: on disk -> in the code.
-_MODULES = {
-    "mixins.patch_embed.proj": "patch_embed",
-    _ADALN + "proj_lr": "lr_embed",
-    "time_embed.mlp.0": "time_in",
-    "time_embed.mlp.2": "time_out",
-    "cond_embed.map_vector.0": "semantic_in",
-    "cond_embed.map_vector.2": "semantic_out",
-    _ADALN + "cross_attention.query": "layers.0.cross.query",
-    _ADALN + "cross_attention.key_value": "layers.0.cross.key_value",
-    _ADALN + "cross_attention.dense": "layers.0.cross.out",
-    _ADALN + "cross_q_ln": "layers.0.cross.query_norm",
-    _ADALN + "cross_k_ln": "layers.0.cross.key_norm",
-    _ADALN + "post_cross_attention_layernorm": "layers.0.post_cross_norm",
-    "mixins.final_layer.adaLN_modulation.1": "final_modulation",
-    "mixins.final_layer.linear": "final",
-}
-# The same for every layer {}.
-_LAYER_MODULES = {
-    _ADALN + "adaLN_modulations.{}.1": "layers.{}.modulation",
-    _TRANSFORMER + "attention.query_key_value": "layers.{}.qkv",
-    _ADALN + "q_layer_norm.{}": "layers.{}.qk_norm",
-    _TRANSFORMER + "attention.dense": "layers.{}.attention_out",
-    _TRANSFORMER + "mlp.dense_h_to_4h": "layers.{}.mlp_in",
-    _TRANSFORMER + "mlp.dense_4h_to_h": "layers.{}.mlp_out",
-}
-_PARAMETERS = {
-    _ADALN + "re_pos_embed": "neighbour_position",
-    _ADALN + "lr_query_position_embedding": "lr_query_position",
-    _ADALN + "lr_key_position_embedding": "lr_key_position",
-}
-# In the published file, deliberately not read. {}: a layer's number.
-_DROPPED = {
-    _ADALN + "k_layer_norm.{}.weight": "keys are normalised by q_layer_norm",
-    _ADALN + "k_layer_norm.{}.bias": "keys are normalised by q_layer_norm",
-    "transformer.position_embeddings.weight": "positions are rotary",
-}
-_METADATA_FIELDS = ("rope_side", "parametrisation", "sigma_data", "sigma_min", "sigma_max")  # not in the shapes
-ROPE_TABLES = (_ADALN + "rope.freqs_cos", _ADALN + "rope.freqs_sin")  # computed instead
-
-
-def key_table(num_layers: int) -> dict[str, str]:
-    """Name on disk -> name in the code, of every tensor that is used."""
-    modules = dict(_MODULES)
-    for disk, code in _LAYER_MODULES.items():
-        modules |= {disk.format(i): code.format(i) for i in range(num_layers)}
-    table = {f"{disk}.{part}": f"{code}.{part}" for disk, code in modules.items() for part in ("weight", "bias")}
-    return table | _PARAMETERS
-
-
-def dropped_keys(num_layers: int) -> dict[str, str]:
-    """Name on disk -> why it isn't read, CLIP tower apart."""
-    dropped = {name.format(i): why for name, why in _DROPPED.items() for i in range(num_layers)}
-    return dropped | dict.fromkeys(ROPE_TABLES, "rotations are computed")
+_METADATA_FIELDS = (
+    "rope_side",
+    "parametrisation",
+    "preconditioning",
+    "sigma_data",
+    "sigma_min",
+    "sigma_max",
+)  # not in the shapes
 
 
 def is_infdit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a file's tensors are those of an Inf-DiT, whole or in part."""
-    return _ADALN + "re_pos_embed" in shapes or "mixins.patch_embed.proj.weight" in shapes
+    return ADALN + "re_pos_embed" in shapes or "mixins.patch_embed.proj.weight" in shapes
 
 
 def require_infdit(file: WeightsFile) -> None:
     """Raise WeightsError for a file of another kind."""
+    if is_lora(file):
+        raise WeightsError(
+            f"{file.path} is a LoRA for Inf-DiT, no network: merge it into one, infdit convert NETWORK OUT --lora FILE"
+        )
     if not is_infdit(file.shapes):
         some = ", ".join(list(file.shapes)[:3])
         raise WeightsError(f"{file.path} is not an Inf-DiT file: its tensors start with {some}")
@@ -90,10 +46,10 @@ def require_infdit(file: WeightsFile) -> None:
 def read_config(file: WeightsFile) -> InfDiTConfig:
     """Hyper-parameters from shapes, and from metadata what shapes don't say. Raises WeightsError."""
     try:
-        layers, _, heads, head_size = file.shapes[_ADALN + "re_pos_embed"]
+        layers, _, heads, head_size = file.shapes[ADALN + "re_pos_embed"]
         hidden, channels, patch, _ = file.shapes["mixins.patch_embed.proj.weight"]
-        tokens = file.shapes[_ADALN + "lr_query_position_embedding"][1]
-        lr_tokens = file.shapes[_ADALN + "lr_key_position_embedding"][1]
+        tokens = file.shapes[ADALN + "lr_query_position_embedding"][1]
+        lr_tokens = file.shapes[ADALN + "lr_key_position_embedding"][1]
         semantic = file.shapes["cond_embed.map_vector.0.weight"][1]
         time = file.shapes["time_embed.mlp.0.weight"][1]
         block_tokens, window_tokens = round(tokens**0.5), round(lr_tokens**0.5)
@@ -187,7 +143,7 @@ def load_infdit(
 def infdit_metadata(config: InfDiTConfig) -> dict[str, str]:
     """What shapes don't say, as safetensors metadata."""
     fields = {name: getattr(config, name) for name in _METADATA_FIELDS}
-    presets = {name: preset._asdict() for name, preset in config.presets.items()}
+    presets = {name: asdict(preset) for name, preset in config.presets.items()}
     return {"architecture": "infdit", "config": json.dumps(fields), "presets": json.dumps(presets)}
 
 
@@ -197,8 +153,8 @@ def save_infdit(
     dtype: torch.dtype = torch.bfloat16,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a network under the published names, atomically; `metadata` is added to the file's own."""
-    state = model.state_dict()
+    """Write a network under the published names, atomically, a LoRA merged; `metadata` is added to the file's own."""
+    state = merged_state(model)
     table = key_table(model.config.num_layers)
     layout = {disk: (tuple(state[code].shape), dtype) for disk, code in table.items()}
 
@@ -210,7 +166,10 @@ def save_infdit(
 
 
 def describe(file: WeightsFile) -> dict[str, str]:
-    """What an Inf-DiT file is, for people: one line an entry. Raises WeightsError for an incomplete file."""
+    """What an Inf-DiT or LoRA file is, for people: one line an entry. Raises WeightsError for any other."""
+    if is_lora(file):
+        return describe_lora(file)
+    require_infdit(file)
     config = read_config(file)
     unused = unused_keys(file, config)
     used = key_table(config.num_layers)
@@ -241,11 +200,13 @@ def convert(
     dtype: torch.dtype | None = None,
     clip: str | os.PathLike[str] | None = None,
     drop_clip: bool = False,
+    lora: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write an Inf-DiT file as safetensors, tensor by tensor: RoPE tables dropped, their side kept in the metadata.
 
     dtype: of the network's tensors, None keeps theirs. A CLIP tower is kept, left out with drop_clip, or goes to a
-    file of its own, `clip`, under open_clip's names. Raises WeightsError, and OSError where it can't be written.
+    file of its own, `clip`, under open_clip's names. lora: a LoRA file to merge into the network, in fp32.
+    Raises WeightsError, and OSError where it can't be written.
     """
     file = open_weights(source)
     require_infdit(file)
@@ -258,11 +219,19 @@ def convert(
     if drop_clip or clip is not None:
         names = [name for name in names if name not in set(tower)]
     origin = {"converted_from": f"{file.path.name}, {file.format}, {file.path.stat().st_size} bytes"}
+    adapter = None if lora is None else open_lora(lora)
+    if adapter is not None:
+        adapter.require_fit({name: file.shapes[name] for name in key_table(config.num_layers)})
+        origin["merged_lora"] = f"{adapter.file.path.name}, rank {adapter.rank}, alpha {adapter.alpha:g}"
+
+    def read(name: str) -> Tensor:
+        tensor = file.read(name)
+        return tensor if adapter is None else adapter.merge(name, tensor)
 
     def write(path: str | os.PathLike[str], names: list[str], prefix: str, metadata: Mapping[str, str]) -> None:
         kinds = {name: file.dtypes[name] if dtype is None or name in tower else dtype for name in names}
         layout = {name.removeprefix(prefix): (file.shapes[name], kinds[name]) for name in names}
-        save_weights(path, layout, (file.read(name).to(kinds[name]) for name in names), metadata)
+        save_weights(path, layout, (read(name).to(kinds[name]) for name in names), metadata)
 
     write(target, names, "", dict(file.metadata) | infdit_metadata(config) | origin)
     if clip is not None:

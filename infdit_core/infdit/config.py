@@ -1,13 +1,14 @@
 """Hyper-parameters of Inf-DiT."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 Parametrisation = Literal["picture", "residual"]
+Preconditioning = Literal["edm", "v", "epsilon"]
 
 
-class Preset(NamedTuple):
+@dataclass(frozen=True)
+class Preset:
     """How long to sample, and from where.
 
     start: sigma of the noise put on the one-evaluation estimate, from where `steps` steps of a sampler go down;
@@ -46,10 +47,11 @@ class InfDiTConfig:
 
     rope_side: int = 1024  # positions wrap after so many patches
     parametrisation: Parametrisation = "picture"  # what is diffused: the picture, or its residual to the upsampled LR
+    preconditioning: Preconditioning = "edm"  # what the network predicts: diffusion/preconditioning.py
     sigma_data: float = 0.5
     sigma_min: float = 0.002
     sigma_max: float = 40.0
-    presets: Mapping[str, Preset] = field(default_factory=PUBLISHED_PRESETS.copy)
+    presets: dict[str, Preset] = field(default_factory=PUBLISHED_PRESETS.copy)
 
     @property
     def head_size(self) -> int:
@@ -65,10 +67,22 @@ class InfDiTConfig:
         """LR feature tokens along one side of a block: one for 2x2 low-resolution pixels."""
         return self.block_size // self.scale // LR_PATCH_SIZE
 
+    def evaluation_flops(self, width: int, height: int) -> float:
+        """Floating point operations of one evaluation, a multiply-add is two: matrix products and attention."""
+        blocks = (width // self.block_size) * (height // self.block_size)
+        tokens, hidden, window = self.block_tokens**2, self.hidden_size, (3 * self.lr_block_tokens) ** 2
+        layer = 24 * hidden**2 + 4 * 4 * tokens * hidden  # projections and MLP; four blocks of keys
+        cross = 4 * hidden**2 + 4 * window * hidden
+        low_res = self.lr_block_tokens**2 * (4 * hidden**2 + 2 * 12 * hidden)
+        ends = 2 * hidden * (6 + 3) * self.patch_size**2
+        return float(blocks * (tokens * (self.num_layers * layer + cross + ends) + low_res))
+
     def check(self) -> None:
         """Raise ValueError for hyper-parameters that no network can have."""
         if self.parametrisation not in get_args(Parametrisation):
             raise ValueError(f"parametrisation {self.parametrisation!r} is not known to this version")
+        if self.preconditioning not in get_args(Preconditioning):
+            raise ValueError(f"preconditioning {self.preconditioning!r} is not known to this version")
         if not 0 < self.sigma_min <= self.sigma_max or self.sigma_data <= 0 or self.rope_side < 1:
             raise ValueError("sigma_data, 0 < sigma_min <= sigma_max and rope_side must be positive and in order")
         if any(preset.steps < 1 for preset in self.presets.values()):

@@ -5,16 +5,18 @@ of a block in raster order, channels. `denoise` walks over the grid in tiles; th
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..diffusion import edm
+from ..diffusion.preconditioning import PRECONDITIONINGS
 from ..images import resize
-from .attention import block_attention, rotary_table, rotate
+from .attention import Border, block_attention, rotary_table, rotate
 from .config import CHANNELS, LR_PATCH_SIZE, InfDiTConfig
 from .streaming import Direction, KVCache, LowResolutionLines, Scan, Tile, pixels
 
@@ -99,6 +101,31 @@ class Layer(nn.Module):
         self.mlp_in = operations.Linear(size, 4 * size, **factory)
         self.mlp_out = operations.Linear(4 * size, size, **factory)
 
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        rotation: Tensor,
+        positions: Tensor,
+        scan: Scan,
+        border: Border,
+        keep: Callable[[Tensor], None] | None,
+        low_res: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        """Tokens in scan order, (B, rows, cols, N, C) -> the same.
+
+        keep: takes over the K/V. low_res: for the cross-attention, K/V and the query and key positions.
+        """
+        q, kv = self.queries_keys_values(x, modulation, rotation)
+        attended = block_attention(q, kv, positions, border, scan.top_first)
+        if keep is not None:
+            keep(kv)
+        del q, kv
+        x = x + self.attention_out(attended)
+        if self.cross is not None:
+            x = x + scan.arrange(self.cross(_norm(scan.restore(x)), *low_res))
+        return x + self.mlp(x, modulation)
+
     def queries_keys_values(self, x: Tensor, modulation: Modulation, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, rows, cols, N, C) -> q (B, rows, cols, N, heads, d), kv (2, B, rows, cols, N, heads, d)."""
         shift, scale = modulation[:2]
@@ -119,6 +146,7 @@ class InfDiT(nn.Module):
     """
 
     layers: Sequence[Layer]
+    checkpointing = False  # compute the layers once more in the backward pass instead of keeping what they made
 
     def __init__(
         self,
@@ -205,22 +233,16 @@ class InfDiT(nn.Module):
     ) -> Tensor:
         """All layers over the tokens of one tile in scan order, (B, rows, cols, N, C) -> the same."""
         here: dict[str, Any] = {"device": x.device, "dtype": x.dtype}  # a host may leave raw parameters elsewhere
+        low_res = (lr_keys_values, self.lr_query_position.to(**here), self.lr_key_position.to(**here))
         for index, (layer, modulation) in enumerate(zip(self.layers, modulations, strict=False)):
-            q, kv = layer.queries_keys_values(x, modulation, rotation)
             positions = self.neighbour_position[index].to(**here)
-            attended = block_attention(q, kv, positions, cache.border(index, tile, x.device), scan.top_first)
-            cache.keep(index, tile, kv)
-            del q, kv
-            x = x + layer.attention_out(attended)
-            if layer.cross is not None:
-                crossed = layer.cross(
-                    _norm(scan.restore(x)),
-                    lr_keys_values,
-                    self.lr_query_position.to(**here),
-                    self.lr_key_position.to(**here),
-                )
-                x = x + scan.arrange(crossed)
-            x = x + layer.mlp(x, modulation)
+            border = cache.border(index, tile, x.device)
+            keep = partial(cache.keep, index, tile) if len(scan.tiles) > 1 else None
+            arguments = (x, modulation, rotation, positions, scan, border, keep, low_res)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x = layer(*arguments)
         return x
 
     def denoise(
@@ -274,7 +296,7 @@ class InfDiT(nn.Module):
             raise ValueError(
                 f"semantic has shape {tuple(semantic.shape)}: it must be {(len(noisy), config.semantic_size)}"
             )
-        *scalings, c_noise = edm.preconditioning(sigma, config.sigma_data)
+        *scalings, c_noise = PRECONDITIONINGS[config.preconditioning](sigma, config.sigma_data)
         c_skip, c_out, c_in = (c[:, None, None, None] for c in scalings)
         modulations = self.modulations(self.conditioning(c_noise, None if semantic is None else semantic.to(device)))
         cache = KVCache(scan, config.num_layers, cache_device)
@@ -306,6 +328,8 @@ class InfDiT(nn.Module):
             if on_tile is not None:
                 on_tile(Progress(done, len(scan.tiles), estimate))
         return estimate
+
+    forward = denoise  # what wrappers hook into: DDP, FSDP, autocast
 
     def _scan(self, noisy: Tensor, low_res: Tensor, tile: tuple[int, int] | None, direction: Direction) -> Scan:
         block, lr_block = self.config.block_size, self.config.block_size // self.config.scale

@@ -1,68 +1,182 @@
-"""Settings of a training run."""
+"""Settings of a training run: dataclasses that OmegaConf fills from YAML files and key=value arguments."""
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from ..infdit.config import InfDiTConfig, Preset
+from ..infdit.config import InfDiTConfig
 
-NANO = InfDiTConfig(
-    hidden_size=256,
-    num_layers=6,
-    num_heads=4,
-    block_size=32,
-    parametrisation="residual",
-    sigma_data=0.1,  # the deviation of photographs' residuals to their upsampled low resolution
-    sigma_min=0.005,
-    sigma_max=2.0,
-    presets={"faithful": Preset(1), "balanced": Preset(4, 0.15), "detailed": Preset(4, 0.25)},
-)
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pictures come from, and what becomes of them. The defaults are the published recipe."""
+
+    train: list[str] = field(default_factory=list)  # folders, WebDataset shards (.tar), or patterns of either
+    validation: list[str] = field(default_factory=list)  # the same; without, `held` of the training pictures
+    test: list[str] = field(default_factory=list)  # enlarged whole at the end of the run
+    held: int = 8  # pictures for validation
+    crop: int = 512  # pixels
+    direct: float = 0.7  # share of crops cut as they are; the others after the short side was resized to the crop's
+    mirror: float = 0.3  # share of the direct crops mirrored
+    turn: bool = False  # also turn direct crops upside down and on their side, by halves
+    candidates: int = 1  # crops drawn for one used: the one with the most detail
+    surrounded: float = 0.0  # share of batches whose low resolution goes on for a block around the crop
+    degraded: float = 1.0  # share of low resolutions degraded as in Real-ESRGAN; the others are bicubic
+    workers: int = 4  # processes that read and decode
+    cache: float = 1.0  # GiB of decoded pictures that each of them keeps
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the network is asked, and how much an answer weighs."""
+
+    sigma_log_mean: float = -1.0  # ln sigma is normally distributed
+    sigma_log_deviation: float = 1.4
+    weight: Literal["edm", "unit", "v", "epsilon"] = "edm"
+    power: int = 2  # of the error: 2 or 1
+    regression: float = 0.0  # share of samples without noise, told sigma_max: they learn the mean (residual networks)
+    lr_dropout: float = 0.07  # share of samples whose low resolution is replaced by noise
+    direction: Literal["lt", "rb"] = "lt"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, AdamW for the rest
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    weight_decay: float = 1e-4
+    clip: float = 0.1  # of the gradient's norm
+    warmup: int = 1000  # steps in which the learning rate rises
+    decay: float = 0.0  # share of the steps, at the end, in which it falls to 0
+    ema: float = 0.9999
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    rank: int = 0  # 0: train all weights
+    alpha: float = 16.0
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What can be said on the command line as key=value."""
+    """A run. `out` holds its log, checkpoints and pictures; the same command there goes on after the last save."""
 
-    photographs: str  # folder
-    out: str  # folder of the run: log.csv, state.pt, weights.safetensors
-    start_from: str = ""  # weights to go on from, their optimiser state fresh
-    steps: int = 4000
-    warmup: int = 100  # steps in which the learning rate rises
-    decay: float = 0.3  # share of the steps, at the end, in which it falls to 0
-    batch: int = 16
-    crop: int = 96  # pixels
-    learning_rate: float = 1.5e-3
-    weight_decay: float = 0.01
-    clip: float = 1.0  # of the gradient's norm
-    ema: float = 0.999
-    regression: float = 0.25  # share of samples without noise, told sigma_max: they learn the mean
-    sigma_log_mean: float = -2.4  # of the other samples
-    sigma_log_deviation: float = 1.2
-    border: float = 0.2  # share of batches whose crops end as pictures do; the others go on around
-    held: int = 8  # photographs for validation
-    validate_every: int = 200  # steps
-    save_every: int = 100
+    out: str = ""
+    start_from: str = ""  # a weights file to fine-tune, or "default"; without, fresh weights
+    network: InfDiTConfig | None = field(default_factory=InfDiTConfig)  # null: that of start_from
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    steps: int = 100_000
+    batch: int = 8  # crops a device and backward pass
+    accumulate: int = 1  # backward passes a step
     seed: int = 0
 
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the matrix products; weights stay float32
+    strategy: Literal["auto", "fsdp"] = "auto"  # auto: one device, or DDP under torchrun; fsdp: weights sharded too
+    compile: bool = False
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
-def parse(settings: Sequence[str]) -> TrainConfig:
-    """["steps=10", ...] -> TrainConfig. Raises ValueError for unknown or missing keys and unreadable values."""
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    values: dict[str, str | int | float] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals or name not in fields:
-            raise ValueError(f"{setting!r} is no setting; write key=value with one of {', '.join(fields)}")
-        kind = {"str": str, "int": int, "float": float}[str(getattr(fields[name].type, "__name__", fields[name].type))]
+    log_every: int = 50  # steps
+    validate_every: int = 1000
+    save_every: int = 500
+    keep: int = 2  # newest checkpoints that stay; the best one always does
+    pictures: int = 4  # at most so many in the picture of samples
+    presets: list[str] = field(default_factory=lambda: ["faithful", "balanced"])  # measured when validating
+    lpips: str = ""  # file of AlexNet LPIPS weights; without, no LPIPS
+    wandb: str = ""  # project; without, no Weights & Biases
+
+    def check(self) -> None:
+        """Raise ValueError for settings that don't make sense together."""
+        missing = [key for key, value in (("out", self.out), ("data.train", self.data.train)) if not value]
+        if missing:
+            raise ValueError(f"say {' and '.join(f'{key}=FOLDER' for key in missing)}")
+        counts = {key: getattr(self, key) for key in ("steps", "batch", "accumulate", "keep")}
+        counts |= {key: getattr(self, key) for key in ("log_every", "validate_every", "save_every")}
+        counts |= {f"data.{key}": getattr(self.data, key) for key in ("held", "crop", "candidates")}
+        counts |= {"optimizer.learning_rate": self.optimizer.learning_rate, "optimizer.clip": self.optimizer.clip}
+        for key, value in counts.items():
+            if value <= 0:
+                raise ValueError(f"{key}={value}: it must be above 0")
+        shares = {f"data.{key}": getattr(self.data, key) for key in ("direct", "mirror", "surrounded", "degraded")}
+        shares |= {f"loss.{key}": getattr(self.loss, key) for key in ("regression", "lr_dropout")}
+        shares |= {"optimizer.decay": self.optimizer.decay, "optimizer.ema": self.optimizer.ema}
+        for key, value in shares.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{key}={value}: it must be a share, from 0 to 1")
+        if self.loss.power not in (1, 2):
+            raise ValueError(f"loss.power={self.loss.power}: it must be 1 or 2")
+        if self.network is None and not self.start_from:
+            raise ValueError("network=null takes the network of a weights file: say start_from=FILE")
+        if self.network is not None:
+            self.network.check()
+        if self.lora.rank and not self.start_from:
+            raise ValueError("lora.rank adapts weights that exist: say start_from=FILE")
+        if self.lora.rank and self.strategy == "fsdp":
+            raise ValueError("LoRA weights are too few to shard: use strategy=auto")
+        if self.optimizer.kind == "muon" and self.strategy == "fsdp":
+            raise ValueError("Muon needs whole matrices, which fsdp shards: use optimizer.kind=adamw or strategy=auto")
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """["nano", "mine.yaml", "steps=10", ...] -> TrainConfig: files merge in order, key=value wins.
+
+    A file is a path or the name of one in training/configs/. Raises ValueError for unknown keys and unfit values.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    merged = OmegaConf.structured(TrainConfig)
+    settings = [argument for argument in arguments if "=" in argument]
+    for argument in (argument for argument in arguments if "=" not in argument):
+        path = CONFIGS / f"{argument}.yaml" if (CONFIGS / f"{argument}.yaml").exists() else Path(argument)
+        if not path.is_file():
+            known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+            raise ValueError(f"{argument} is no config: give {known}, a YAML file, or key=value")
         try:
-            values[name] = kind(text)
-        except ValueError:
-            raise ValueError(f"{name}={text}: {kind.__name__} expected") from None
-    missing = [name for name in ("photographs", "out") if not values.get(name)]
-    if missing:
-        raise ValueError(f"say {' and '.join(f'{name}=FOLDER' for name in missing)}")
-    config = TrainConfig(**values)  # type: ignore[arg-type]
-    for name in ("steps", "warmup", "decay", "batch", "crop", "held", "validate_every", "save_every"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name}={getattr(config, name)}: it must be above 0")
+            merged = OmegaConf.merge(merged, OmegaConf.load(path))
+        except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {_said(error)}") from error
+    for setting in settings:
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([setting]))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f"{setting}: {_said(error)}") from error
+    config: TrainConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    config.check()
     return config
+
+
+def _said(error: Exception) -> str:
+    """What an error of OmegaConf says, with the whole key, without its internals."""
+    key = getattr(error, "full_key", None)
+    first = str(error).splitlines()[0]
+    return f"{first} ({key})" if key else first
+
+
+def save(config: TrainConfig, path: Path) -> None:
+    """Write all settings as YAML."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """Values by dotted key that two dataclasses of settings have differently."""
+
+    def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            values |= flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+        return values
+
+    a, b = flat(before), flat(now)
+    return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}

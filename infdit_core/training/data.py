@@ -1,5 +1,14 @@
-"""Training crops from a folder of photographs."""
+"""Training crops from folders of pictures and WebDataset shards.
 
+Crop number n is the same whatever process draws it and whenever: it has a random generator of its own, seeded with
+(seed, n). So a run needs no state of its data to go on, and two devices see what one would.
+"""
+
+import io
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,84 +17,233 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from ..images import resize
+from ..degradation import degrade
+from ..images import READABLE, resize
+from .config import DataConfig
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
-
-
-class Batch(NamedTuple):
-    """Aligned crops in [-1, 1]; low_res has `margin` more pixels on every side."""
-
-    original: Tensor  # (B, 3, S, S)
-    low_res: Tensor  # (B, 3, S / scale + 2 margin, S / scale + 2 margin)
-    upsampled: Tensor  # (B, 3, S, S)
+Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 
-class Photograph(NamedTuple):
+class DataError(ValueError):
+    """Training data that can't be used; the message says what was found and what to do."""
+
+
+# --- pictures
+
+
+class PictureFile(NamedTuple):
+    """A picture in a file of its own, or in a shard."""
+
+    name: str  # for people
+    path: Path
+    start: int = 0  # in bytes
+    length: int = -1  # -1: to the end
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.length)
+
+
+class Skipped(NamedTuple):
     name: str
-    original: NDArray[np.uint8]  # (H, W, 3), sides multiples of the scale
-    low_res: NDArray[np.uint8]  # (H / scale, W / scale, 3), Pillow's bicubic
+    reason: str
 
 
-def load_photographs(folder: Path, scale: int, least: int) -> list[Photograph]:
-    """Every picture in a folder with both sides of at least `least` pixels, in order of name.
+def find_pictures(locations: Sequence[str], least: int) -> tuple[list[PictureFile], list[Skipped]]:
+    """Every picture in folders (with those below them), .tar shards and patterns of either, in order of name.
 
-    Raises ValueError where there is none.
+    Only headers are read. Pictures with a side under `least` pixels, what can't be opened and what a cut shard has
+    lost are skipped and named. Raises DataError where nothing is left.
     """
-    photographs = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
-        with Image.open(path) as file:
-            width, height = (side - side % scale for side in file.size)
-            if min(width, height) < least:
+    found: list[PictureFile] = []
+    skipped: list[Skipped] = []
+    for location in locations:
+        paths = [Path(location)] if Path(location).exists() else _matching(location)
+        if not paths:
+            raise DataError(f"{location} doesn't exist; give a folder, a .tar shard, or a pattern like shards/*.tar")
+        for path in paths:
+            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            for file in files:
+                if file.suffix.lower() == ".tar":
+                    inside, lost = _shard(file)
+                    found += inside
+                    skipped += lost
+                elif file.suffix.lower() in READABLE:
+                    found.append(PictureFile(str(file), file))
+    with ThreadPoolExecutor(16) as pool:
+        faults = list(pool.map(lambda picture: _fault(picture, least), found))
+    skipped += [Skipped(p.name, fault) for p, fault in zip(found, faults, strict=True) if fault]
+    usable = [picture for picture, fault in zip(found, faults, strict=True) if not fault]
+    if not usable:
+        why = f"; {len(skipped)} were skipped, {skipped[0].name} because {skipped[0].reason}" if skipped else ""
+        kinds = ", ".join(READABLE)
+        raise DataError(f"{', '.join(locations)}: no picture of at least {least} x {least} px ({kinds}){why}")
+    return usable, skipped
+
+
+def _matching(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    return sorted(path.parent.glob(path.name))
+
+
+def _shard(path: Path) -> tuple[list[PictureFile], list[Skipped]]:
+    """The pictures of a WebDataset shard, by their place in the file."""
+    size = path.stat().st_size
+    pictures: list[PictureFile] = []
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                if member.offset_data + member.size > size:
+                    return pictures, [Skipped(f"{path}: {member.name} and what follows", "the shard is cut short")]
+                if member.isfile() and Path(member.name).suffix.lower() in READABLE:
+                    pictures.append(PictureFile(f"{path}: {member.name}", path, member.offset_data, member.size))
+    except tarfile.TarError as error:
+        return pictures, [Skipped(f"{path}, after {len(pictures)} pictures", f"the shard is damaged ({error})")]
+    return pictures, []
+
+
+def _fault(picture: PictureFile, least: int) -> str:
+    """Why a picture can't be used, as far as its header tells; empty if it can."""
+    try:
+        with Image.open(picture.path if picture.length < 0 else io.BytesIO(picture.read())) as image:
+            if image.mode.startswith(("I", "F")):
+                return f"its pixels are of mode {image.mode}, not 8 bits a channel"
+            if min(image.size) < least:
+                return f"it has {image.width} x {image.height} px, the shorter side under {least}"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"it can't be opened ({error})"
+    return ""
+
+
+def read_pixels(picture: PictureFile) -> Pixels:
+    """Decode as RGB. Raises OSError for a damaged file."""
+    try:
+        with Image.open(io.BytesIO(picture.read())) as image:
+            return np.asarray(image.convert("RGB"))
+    except (SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise besides
+        raise OSError(str(error)) from error
+
+
+# --- crops
+
+
+class Crop(NamedTuple):
+    pixels: Pixels
+    broken: list[Skipped]  # pictures that were drawn for it and turned out damaged
+
+
+class Crops(Dataset[Crop]):
+    """Random square crops of `side` pixels, by number."""
+
+    def __init__(self, pictures: Sequence[PictureFile], side: int, config: DataConfig, seed: int) -> None:
+        self.pictures = pictures
+        self.side = side
+        self.config = config
+        self.seed = seed
+        self.decoded: OrderedDict[int, Pixels] = OrderedDict()  # the longest unused first
+        self.decoded_bytes = 0
+
+    def __getitem__(self, number: int) -> Crop:
+        random = np.random.default_rng([self.seed, number])
+        broken: list[Skipped] = []
+        candidates = [self._draw(random, broken) for _ in range(self.config.candidates)]
+        return Crop(np.ascontiguousarray(max(candidates, key=detail)), broken)
+
+    def _draw(self, random: np.random.Generator, broken: list[Skipped]) -> Pixels:
+        config, side = self.config, self.side
+        pixels = self._some_picture(random, broken)
+        direct = random.random() < config.direct
+        if not direct:
+            height, width = pixels.shape[:2]
+            size = (max(side, round(side * width / height)), max(side, round(side * height / width)))
+            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        top, left = (int(random.integers(n - side + 1)) for n in pixels.shape[:2])
+        crop = pixels[top : top + side, left : left + side]
+        if direct and random.random() < config.mirror:
+            crop = crop[:, ::-1]
+        if direct and config.turn:
+            upside_down, on_its_side = random.integers(0, 2, 2).astype(bool)
+            crop = crop[::-1] if upside_down else crop
+            crop = crop.swapaxes(0, 1) if on_its_side else crop
+        return crop
+
+    def _some_picture(self, random: np.random.Generator, broken: list[Skipped]) -> Pixels:
+        for _ in range(100):
+            index = int(random.integers(len(self.pictures)))
+            if index in self.decoded:
+                self.decoded.move_to_end(index)
+                return self.decoded[index]
+            try:
+                pixels = read_pixels(self.pictures[index])
+            except OSError as error:
+                broken.append(Skipped(self.pictures[index].name, f"it is damaged ({error})"))
                 continue
-            picture = file.convert("RGB").crop((0, 0, width, height))
-            small = picture.resize((width // scale, height // scale), Image.Resampling.BICUBIC)
-            photographs.append(Photograph(path.name, np.asarray(picture), np.asarray(small)))
-    if not photographs:
-        raise ValueError(f"{folder} holds no picture with sides of at least {least} pixels")
-    return photographs
+            self.decoded[index] = pixels
+            self.decoded_bytes += pixels.nbytes
+            while self.decoded_bytes > self.config.cache * 2**30:
+                self.decoded_bytes -= self.decoded.popitem(last=False)[1].nbytes
+            return pixels
+        names = "; ".join(f"{name}: {reason}" for name, reason in broken[:3])
+        raise DataError(f"100 pictures in a row couldn't be decoded: {names}")
 
 
-def _detail(picture: NDArray[np.uint8]) -> float:
-    """Mean absolute gradient of a low-resolution picture's green channel, in levels of 255."""
-    green = picture[..., 1].astype(np.int16)
+def detail(pixels: Pixels) -> float:
+    """Mean absolute gradient of the green channel reduced to a quarter, in levels of 255: noise hardly counts."""
+    side = len(pixels) // 4
+    green = pixels[: 4 * side, : 4 * side, 1].reshape(side, 4, side, 4).mean((1, 3))
     return float(np.abs(np.diff(green, axis=0)).mean() + np.abs(np.diff(green, axis=1)).mean())
 
 
-class CropSampler:
-    """Random crops, photographs drawn by area times detail, of two crops the more detailed one."""
+class Loaded(NamedTuple):
+    crops: Tensor  # (B, 3, side, side) uint8
+    broken: list[Skipped]
 
-    def __init__(self, photographs: list[Photograph], crop: int, scale: int, margin: int, seed: int) -> None:
-        self.photographs = photographs
-        self.crop, self.scale, self.margin = crop, scale, margin
-        self.random = np.random.default_rng(seed)
-        weight = np.array([_detail(p.low_res) * p.low_res.shape[0] * p.low_res.shape[1] for p in photographs])
-        self.probability = weight / weight.sum()
 
-    def _draw(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        photograph = self.photographs[self.random.choice(len(self.photographs), p=self.probability)]
-        side, s = self.crop // self.scale + 2 * self.margin, self.scale
-        top, left = (int(self.random.integers(0, n - side + 1)) for n in photograph.low_res.shape[:2])
-        y, x = (top + self.margin) * s, (left + self.margin) * s
-        return (
-            photograph.original[y : y + self.crop, x : x + self.crop],
-            photograph.low_res[top : top + side, left : left + side],
-        )
+def _collate(crops: list[Crop]) -> Loaded:
+    pixels = torch.from_numpy(np.stack([crop.pixels for crop in crops])).permute(0, 3, 1, 2)
+    return Loaded(pixels.contiguous(), [skipped for crop in crops for skipped in crop.broken])
 
-    def batch(self, size: int) -> Batch:
-        """Draw `size` crops, each mirrored and transposed at random."""
-        pairs = []
-        for _ in range(size):
-            pair = max((self._draw() for _ in range(2)), key=lambda pair: _detail(pair[1]))
-            vertical, horizontal, transposed = self.random.integers(0, 2, 3).astype(bool)
-            mirrored = (crop[:: -1 if vertical else 1, :: -1 if horizontal else 1] for crop in pair)
-            pairs.append([crop.swapaxes(0, 1) if transposed else crop for crop in mirrored])
-        original, low_res = (
-            torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            for crops in zip(*pairs, strict=True)
-        )
-        upsampled = resize(low_res, (low_res.shape[2] * self.scale, low_res.shape[3] * self.scale)).clamp(-1, 1)
-        edge = self.margin * self.scale
-        inner = slice(edge, edge + self.crop)
-        return Batch(original, low_res, upsampled[:, :, inner, inner])
+
+def loader(crops: Crops, batch: int, batches: range) -> Iterator[Loaded]:
+    """The batches of those numbers, in order; batch m holds the crops m * batch and following."""
+    numbers = [list(range(m * batch, (m + 1) * batch)) for m in batches]
+    workers = crops.config.workers
+    loading: DataLoader[Loaded] = DataLoader(
+        crops,  # type: ignore[arg-type]
+        batch_sampler=numbers,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # of the workers' seeds, which nothing uses: the global one stays untouched
+    )
+    return iter(loading)
+
+
+# --- what the network is given
+
+
+class Batch(NamedTuple):
+    """Pictures in [-1, 1]. low_res may go on around the original by a block on every side."""
+
+    original: Tensor  # (B, 3, S, S)
+    low_res: Tensor  # (B, 3, S / scale, S / scale), or with the margin
+    upsampled: Tensor  # (B, 3, S, S)
+
+
+def reduce(crops: Tensor, scale: int, margin: int, degraded: Tensor, generator: torch.Generator) -> Batch:
+    """Make the low resolution of (B, 3, side, side) uint8 crops and enlarge it bicubically.
+
+    margin: pixels around the original that only the low resolution shows. degraded: (B,) bool, by Real-ESRGAN's
+    second-order degradation; the others by Pillow's bicubic. Low resolutions are rounded to 8 bits, as files are.
+    """
+    x = crops.float() / 255
+    side = x.shape[2]
+    low_res = (resize(x, (side // scale, side // scale)).clamp(0, 1) * 255).round() / 255
+    if degraded.any():
+        low_res[degraded] = degrade(x[degraded], scale, generator)
+    upsampled = resize(low_res * 2 - 1, (side, side)).clamp(-1, 1)
+    inner = slice(margin, side - margin)
+    return Batch(x[:, :, inner, inner] * 2 - 1, low_res * 2 - 1, upsampled[:, :, inner, inner])

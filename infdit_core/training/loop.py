@@ -1,195 +1,570 @@
-"""The training loop: Muon and AdamW on the EDM loss, an average of the weights, saved so that it can go on."""
+"""The training loop, on Lightning Fabric."""
 
-import copy
-import csv
+import contextlib
+import math
+import os
+import signal
+import sys
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-from ..diffusion import edm
+from ..bench import matmul_rate
 from ..infdit.checkpoint import load_infdit, save_infdit
 from ..infdit.config import InfDiTConfig
+from ..infdit.lora import add_lora, merged_state, save_lora
 from ..infdit.model import InfDiT
+from ..metrics import load_lpips
 from ..weights import write_atomically
-from .config import NANO, TrainConfig
-from .data import Batch, CropSampler, load_photographs
-from .losses import denoising_loss
+from . import checkpoints
+from .config import OptimizerConfig, TrainConfig, differences, parse, save
+from .data import Batch, Crops, PictureFile, Skipped, find_pictures, loader, reduce
+from .logs import Log
+from .losses import LossMeter, training_loss
+from .validation import Held, Lpips, contact_sheet, held_crops, test, validate
 
-_VALIDATION_SIGMAS = (0.05, 0.1, 0.3)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Run:
-    """Everything that changes while training."""
+class TrainingError(ValueError):
+    """A run that can't start or go on; the message says why and what to do."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.generator = torch.Generator().manual_seed(config.seed)
-        if config.start_from:
-            self.model = load_infdit(config.start_from).train().requires_grad_(True)
-        else:
-            self.model = InfDiT(NANO)
-            self.model.initialise(self.generator)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        # Muon for the matrices inside the layers; the rest, and what only embeds or modulates, by AdamW.
-        matrices = [
-            p
-            for n, p in self.model.named_parameters()
-            if n.startswith("layers.") and p.ndim == 2 and ".modulation" not in n
-        ]
-        chosen = {id(p) for p in matrices}
-        others = [p for p in self.model.parameters() if id(p) not in chosen]
-        rate, decay = config.learning_rate, config.weight_decay
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=rate, weight_decay=decay, betas=(0.9, 0.99)),
-        ]
-        # Every so-and-so-many-th photograph is held back for validation.
-        photographs = load_photographs(
-            Path(config.photographs), self.network.scale, 2 * (config.crop + self.network.block_size)
-        )
-        every = max(2, len(photographs) // config.held)
-        held = photographs[::every][: config.held]
-        names = {photograph.name for photograph in held}
-        margin = self.network.block_size // self.network.scale
-        self.crops = CropSampler(
-            [p for p in photographs if p.name not in names], config.crop, self.network.scale, margin, config.seed
-        )
-        self.validation = CropSampler(held, 2 * config.crop, self.network.scale, margin, seed=1).batch(config.held)
-        self.step = 0
-        self.seconds = 0.0
 
-    @property
-    def network(self) -> InfDiTConfig:
-        return self.model.config
+@dataclass
+class State:
+    """What changes while training, and what a checkpoint holds."""
 
-    def save(self, path: Path) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "seconds": self.seconds,
-            "generator": self.generator.get_state(),
-            "crops": self.crops.random.bit_generator.state,
+    network: InfDiT
+    optimizers: list[Optimizer]
+    average: dict[str, Tensor]  # of the trained parameters over the steps
+    losses: LossMeter  # since the last row of the log
+    step: int = 0
+    seconds: float = 0.0  # that the run took, over all its processes
+    saving: float = 0.0  # of these
+
+    def tensors(self) -> dict[str, Any]:
+        """Loading writes into these tensors."""
+        return {
+            "network": self.network.state_dict(),
+            "average": self.average,
+            "optimizers": get_optimizer_state_dict(self.network, self.optimizers),
+            "losses": self.losses.sums,
+            "progress": {"step": self.step, "seconds": self.seconds, "saving": self.saving},
         }
-        write_atomically(path, lambda file: torch.save(state, file))
 
-    def restore(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.generator.set_state(state["generator"])
-        self.crops.random.bit_generator.state = state["crops"]
+    def restore(self, checkpoint: Path, fabric: Fabric) -> None:
+        saved = self.tensors()
+        checkpoints.restore(checkpoint, saved, fabric)
+        set_optimizer_state_dict(self.network, self.optimizers, optim_state_dict=saved["optimizers"])
+        for name, value in saved["progress"].items():
+            setattr(self, name, value)
 
-    def advance(self) -> tuple[float, float]:
-        """One step; returns loss and gradient norm."""
-        config = self.config
-        rate = config.learning_rate * min(
-            1, (self.step + 1) / config.warmup, (config.steps - self.step) / (config.decay * config.steps)
-        )
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad()
-        loss = self._loss(self.crops.batch(config.batch))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.step += 1
-        decay = min(config.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-        return loss.item(), norm.item()
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the network has its averaged weights."""
+        trained = {name: p for name, p in self.network.named_parameters() if name in self.average}
+        own = {name: p.detach().clone() for name, p in trained.items()}
 
-    def _loss(self, batch: Batch) -> Tensor:
-        config, generator, count = self.config, self.generator, len(batch.original)
-        sigma = (config.sigma_log_mean + config.sigma_log_deviation * torch.randn(count, generator=generator)).exp()
-        sigma = sigma.clamp(self.network.sigma_min, self.network.sigma_max)
-        regressed = torch.rand(count, generator=generator) < config.regression
-        sigma = torch.where(regressed, self.network.sigma_max, sigma)
-        noise = torch.randn(batch.original.shape, generator=generator)
-        noisy = torch.where(
-            regressed[:, None, None, None], batch.upsampled, batch.original + sigma[:, None, None, None] * noise
-        )
-        low_res = batch.low_res
-        if torch.rand((), generator=generator) < config.border:
-            margin = self.crops.margin
-            low_res = low_res[:, :, margin:-margin, margin:-margin]
-        # Any offset that keeps the crop's positions clear of the wrap.
-        largest = self.network.rope_side - config.crop // self.network.patch_size
-        row, column = torch.randint(0, largest + 1, (2,), generator=generator).tolist()
-        denoised = self.model.denoise(noisy, sigma, low_res, upsampled=batch.upsampled, offset=(row, column))
-        weight = edm.loss_weight(sigma, self.network.sigma_data)
-        return denoising_loss(denoised, batch.original, weight).mean()
+        def put(values: dict[str, Tensor]) -> None:
+            with torch.no_grad():
+                for name, p in trained.items():
+                    p.copy_(values[name])
 
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """PSNR in dB on crops of the held photographs: of the mean, and of denoising at some levels."""
-        held = self.validation
-        noise = torch.randn(held.original.shape, generator=torch.Generator().manual_seed(5))
-
-        def psnr(x: Tensor) -> float:
-            return float(-10 * ((x - held.original) / 2).square().mean((1, 2, 3)).log10().mean())
-
-        def denoise(noisy: Tensor, sigma: float) -> Tensor:
-            return self.average.denoise(noisy, sigma, held.low_res, upsampled=held.upsampled)
-
-        figures = {
-            "psnr_bicubic": psnr(held.upsampled),
-            "psnr_mean": psnr(denoise(held.upsampled, self.network.sigma_max)),
-        }
-        return figures | {f"psnr_sigma_{s:g}": psnr(denoise(held.original + s * noise, s)) for s in _VALIDATION_SIGMAS}
+        put(self.average)
+        try:
+            yield
+        finally:
+            put(own)
 
 
-def train(config: TrainConfig) -> Path:
-    """Train, or go on where the run in config.out stopped; returns the path of the weights (the average, bf16)."""
+def train(config: TrainConfig) -> Path | None:
+    """Train, or go on where the run in config.out stopped; under torchrun every process calls this.
+
+    Returns the path of the weights that validated best (averaged over steps, bf16), None where SIGTERM ended the run
+    before its last step. Raises ValueError for settings, data or checkpoints that don't fit, OSError where files
+    can't be read or written, FloatingPointError where the gradient isn't finite.
+    """
+    fabric = _fabric(config)
+    fabric.launch()
     out = Path(config.out)
+    with _alone_in(out, fabric), _signals() as asked:
+        network = _network(config)
+        config = replace(config, network=network.config)
+        _settle(config, out, fabric)
+        pictures = _pictures(config, network.config, out, fabric)
+        model, state = _prepare(network, config, fabric)
+        if newest := checkpoints.newest(out / "checkpoints"):
+            state.restore(newest, fabric)
+            _say(fabric, f"going on from step {state.step}")
+        lpips = load_lpips(config.lpips) if config.lpips else None
+        held = held_crops(pictures.validation, pictures.side, network.config.scale, config.data, fabric.device)
+        log = Log(out, state.step, config.wandb, asdict(config)) if fabric.is_global_zero else None
+        with contextlib.ExitStack() as stack:
+            if log is not None:
+                stack.callback(log.close)
+            report = _Report(config, network.config, state, fabric, log)
+            batches = _batches(pictures, config, network.config, state.step, fabric, report)
+            while state.step < config.steps:
+                norm = _step(model, state, config, batches, fabric)
+                report.stepped(norm)
+                last = state.step == config.steps
+                stop, wanted = asked.agreed(fabric)
+                score = None
+                if state.step % config.validate_every == 0 or last:
+                    with state.averaged(), report.apart(), fabric.autocast():
+                        score = _validate(state, held, config, lpips, fabric, log)
+                if state.step % config.save_every == 0 or last or stop or wanted or score is not None:
+                    with report.saving():
+                        _save(state, config, out, score, fabric)
+                if stop and not last:
+                    _say(fabric, f"stopped and saved at step {state.step}; the same command goes on")
+                    return None
+        weights = out / checkpoints.WEIGHTS
+        if pictures.test and log is not None:
+            _test(weights, pictures.test, config, lpips, fabric, log)
+        fabric.barrier()
+        _say(fabric, f"weights: {weights}")
+        return weights
+
+
+# --- setting up
+
+
+def _fabric(config: TrainConfig) -> Fabric:
+    world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    strategy: Any = "auto" if world == 1 else "ddp"
+    if config.strategy == "fsdp" and world > 1:
+        strategy = ModelParallelStrategy(_shard, data_parallel_size=world, tensor_parallel_size=1)
+    return Fabric(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy,
+        precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
+    )
+
+
+def _shard(network: InfDiT, mesh: DeviceMesh) -> InfDiT:
+    """FSDP2: a layer is one unit, without its modulation, which is called before, once for all blocks.
+
+    The first layer, whose cross-attention is called from outside it too, stays with what stands around the layers.
+    """
+    devices = mesh["data_parallel"]
+    for layer in list(network.layers)[1:]:
+        fully_shard(layer.modulation, mesh=devices)
+        fully_shard(layer, mesh=devices)
+    fully_shard(network, mesh=devices)
+    register_fsdp_forward_method(network, "denoise")  # as validation calls it
+    return network
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path, fabric: Fabric) -> Iterator[None]:
+    """Hold the run's folder: the lock goes when the process does, however it ends."""
+    if not fabric.is_global_zero:
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
-    state, weights = out / "state.pt", out / "weights.safetensors"
-    run = Run(config)
-    if state.exists():
-        run.restore(state)
-        print(f"going on from step {run.step}", flush=True)
-    started = time.monotonic() - run.seconds
-    losses: list[float] = []
-    while run.step < config.steps:
-        loss, norm = run.advance()
-        run.seconds = time.monotonic() - started
-        losses.append(loss)
-        last = run.step == config.steps
-        if run.step % config.validate_every == 0 or last:
-            figures = run.validate()
-            row = {
-                "step": run.step,
-                "seconds": round(run.seconds),
-                "loss": sum(losses) / len(losses),
-                "gradient_norm": norm,
-                **figures,
-            }
-            losses.clear()
-            _log(out / "log.csv", row)
-            print(", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-        if run.step % config.save_every == 0 or last:
-            run.save(state)
-            trained = {
-                "steps": str(run.step),
-                "crops": f"{run.step * config.batch} of {config.crop} px",
-                "hours": f"{run.seconds / 3600:.2f}",
-            }
-            save_infdit(weights, run.average, metadata=trained)
-    return weights
+    lock = FileLock(out / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TrainingError(f"another run is at work in {out}; wait for it, or say another out=FOLDER") from None
+    with lock:
+        yield
 
 
-def _log(path: Path, row: dict[str, float]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+class _Asked:
+    """What signals asked for: SIGUSR1 to save, SIGTERM to save and stop."""
+
+    def __init__(self) -> None:
+        self.stop = self.save = False
+
+    def agreed(self, fabric: Fabric) -> tuple[bool, bool]:
+        """(stop, save) as any process was asked, the same on all; asking to save is answered once."""
+        flags = torch.tensor([float(self.stop), float(self.save)], device=fabric.device)
+        stop, save = _summed(flags, fabric).tolist()
+        self.save = False
+        return stop > 0, save > 0
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Asked]:
+    asked = _Asked()
+    handlers = {"SIGTERM": lambda *_: setattr(asked, "stop", True), "SIGUSR1": lambda *_: setattr(asked, "save", True)}
+    before: dict[int, Any] = {}
+    for name, handler in handlers.items():
+        if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+            before[number] = signal.signal(number, handler)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _network(config: TrainConfig) -> InfDiT:
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.start_from:
+        network = load_infdit(None if config.start_from == "default" else config.start_from)
+        found, wanted = network.config, config.network
+        if wanted is not None and (wrong := differences(replace(wanted, presets={}), replace(found, presets={}))):
+            said = ", ".join(f"{key} {b} instead of {a}" for key, (a, b) in wrong.items())
+            raise TrainingError(f"{config.start_from} holds another network: {said}. Say network=null to take that one")
+        if wanted is not None:
+            network.config = replace(found, presets=wanted.presets)
+        network.train().requires_grad_(True)
+    else:
+        assert config.network is not None
+        network = InfDiT(config.network)
+        network.initialise(generator)
+    if config.data.crop % network.config.block_size:
+        raise TrainingError(
+            f"data.crop={config.data.crop}: it must be a multiple of {network.config.block_size}, the block"
+        )
+    if unknown := [preset for preset in config.presets if preset not in network.config.presets]:
+        raise TrainingError(f"presets={unknown}: the network has {', '.join(network.config.presets)}")
+    if config.lora.rank:
+        add_lora(network, config.lora.rank, config.lora.alpha, generator)
+    else:
+        # Without semantics in training these get no gradient.
+        for module in (network.semantic_in, network.semantic_out):
+            module.requires_grad_(False)
+    network.checkpointing = config.checkpointing
+    if config.compile:
+        for layer in network.layers:
+            layer.compile()
+    return network
+
+
+def _settle(config: TrainConfig, out: Path, fabric: Fabric) -> None:
+    """Keep the settings with the run; what a run can't change on its way is an error."""
+    path = out / "config.yaml"
+    if fabric.is_global_zero:
+        if path.exists() and checkpoints.newest(out / "checkpoints"):
+            changed = differences(parse([str(path)]), config)
+            fixed = [key for key in changed if key.startswith(("network.", "lora.", "optimizer.kind"))]
+            if fixed:
+                said = ", ".join(f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in fixed)
+                raise TrainingError(f"the run in {out} trains another network: {said}. Say another out=FOLDER")
+            for key, (before, now) in changed.items():
+                _say(fabric, f"{key} was {before}, is {now} from here on")
+        save(config, path)
+    fabric.barrier()
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    training: list[PictureFile]
+    validation: list[PictureFile]
+    test: list[PictureFile]
+    side: int  # of the crops drawn, in pixels: with the surroundings that the low resolution may show
+
+
+def _pictures(config: TrainConfig, network: InfDiTConfig, out: Path, fabric: Fabric) -> _Pictures:
+    data = config.data
+    side = data.crop + (2 * network.block_size if data.surrounded else 0)
+    training, skipped = find_pictures(data.train, side)
+    if data.validation:
+        found, more = find_pictures(data.validation, side)
+        skipped += more
+    else:
+        found = training
+    validation = found[:: max(1, len(found) // data.held)][: data.held]
+    if not data.validation:
+        held = set(validation)
+        training = [picture for picture in training if picture not in held]
+        if not training:
+            raise TrainingError(
+                f"{len(found)} pictures in {', '.join(data.train)}, and all are held for validation: "
+                "give more, or say data.held=1, or data.validation=[FOLDER]"
+            )
+    tested, more = find_pictures(data.test, 4 * network.scale) if data.test else ([], [])
+    skipped += more
+    _say(fabric, f"{len(training)} pictures to train on, {len(validation)} to validate on, {len(tested)} to test on")
+    if skipped:
+        some = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+        _say(fabric, f"{len(skipped)} skipped, all named in {out / 'skipped.txt'}: {some}")
+    if fabric.is_global_zero:
+        (out / "skipped.txt").write_text("".join(f"{name}: {reason}\n" for name, reason in skipped))
+    return _Pictures(training, validation, tested, side)
+
+
+def _prepare(network: InfDiT, config: TrainConfig, fabric: Fabric) -> tuple[Any, State]:
+    """The network as Fabric wraps it, and the state around it."""
+    model = fabric.setup_module(network)
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    average = {name: p.detach().clone() for name, p in trained.items()}
+    meter = LossMeter(config.loss, network.config.sigma_max, fabric.device)
+    return model, State(network, _optimizers(trained, config.optimizer), average, meter)
+
+
+def _optimizers(trained: dict[str, torch.nn.Parameter], config: OptimizerConfig) -> list[Optimizer]:
+    rate, decay = config.learning_rate, config.weight_decay
+    matrices: list[torch.nn.Parameter] = []
+    if config.kind == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise TrainingError("optimizer.kind=muon needs torch 2.9 or later; say optimizer.kind=adamw")
+        # What only embeds or modulates is AdamW's (Jordan et al. 2024).
+        matrices = [p for n, p in trained.items() if n.startswith("layers.") and p.ndim == 2 and ".modulation" not in n]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in trained.values() if id(p) not in chosen]
+    optimizers: list[Optimizer] = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=rate, weight_decay=decay, betas=config.betas))
+    return optimizers
+
+
+# --- a step
+
+
+def _learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Up over the warm-up, level, and down to 0 over the last share of the steps."""
+    up = (step + 1) / max(1, config.warmup)
+    down = (steps - step) / (config.decay * steps) if config.decay else 1.0
+    return config.learning_rate * min(1.0, up, down)
+
+
+def _batches(
+    pictures: _Pictures, config: TrainConfig, network: InfDiTConfig, step: int, fabric: Fabric, report: "_Report"
+) -> Iterator[tuple[Batch, torch.Generator]]:
+    """This process's batches from a step on, each with the generator of its noise.
+
+    Batch number m, counted over all processes, has random numbers of its own: however many processes share the work,
+    and wherever a run was taken up again, it is the same.
+    """
+    world = fabric.world_size
+    numbers = range(
+        step * config.accumulate * world + fabric.global_rank, config.steps * config.accumulate * world, world
+    )
+    crops = Crops(pictures.training, pictures.side, config.data, config.seed)
+    margin = (pictures.side - config.data.crop) // 2
+    loading = loader(crops, config.batch, numbers)
+    for number in numbers:
+        with report.waiting():
+            loaded = next(loading)
+        report.broken(loaded.broken)
+        random = np.random.default_rng([config.seed, number, 1])
+        generator = torch.Generator(fabric.device).manual_seed(int(random.integers(2**63)))
+        here = fabric.to_device(loaded.crops)
+        around = margin if random.random() < config.data.surrounded else 0
+        if not around:
+            here = here[:, :, margin : pictures.side - margin, margin : pictures.side - margin]
+        degraded = torch.rand(len(here), generator=generator, device=here.device) < config.data.degraded
+        yield reduce(here, network.scale, around, degraded, generator), generator
+
+
+def _step(
+    model: Any,
+    state: State,
+    config: TrainConfig,
+    batches: Iterator[tuple[Batch, torch.Generator]],
+    fabric: Fabric,
+) -> float:
+    """One step of the optimisers; returns the gradient's norm."""
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(config.optimizer, state.step, config.steps)
+        optimizer.zero_grad()
+    for number in range(config.accumulate):
+        batch, generator = next(batches)
+        with fabric.no_backward_sync(model, enabled=number + 1 < config.accumulate):
+            losses, sigma = training_loss(model, state.network.config, config.loss, batch, generator)
+            fabric.backward(losses.mean() / config.accumulate)
+        state.losses.add(losses, sigma)
+    norm = fabric.clip_gradients(model, state.optimizers[0], max_norm=config.optimizer.clip, error_if_nonfinite=False)
+    assert norm is not None
+    value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the gradient of step {state.step + 1} isn't finite; go on from the last checkpoint with a lower "
+            "optimizer.learning_rate"
+        )
+    for optimizer in state.optimizers:
+        optimizer.step()
+    state.step += 1
+    decay = min(config.optimizer.ema, (1 + state.step) / (10 + state.step))  # the first steps count for less
+    with torch.no_grad():
+        values = dict(state.network.named_parameters())
+        torch._foreach_lerp_(list(state.average.values()), [values[name] for name in state.average], 1 - decay)
+    return value
+
+
+# --- what is kept and shown
+
+
+def _save(state: State, config: TrainConfig, out: Path, score: float | None, fabric: Fabric) -> None:
+    """Write a checkpoint (score: its validation loss), delete old ones, copy the best one's weights to the run's."""
+
+    def write_weights(folder: Path) -> None:
+        with state.averaged():
+            tensors = merged_state(state.network)
+            whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+            if not fabric.is_global_zero:
+                return
+            network = InfDiT(state.network.config, device="meta")
+            network.load_state_dict(whole, assign=True)
+            trained = {"steps": str(state.step), "hours": f"{state.seconds / 3600:.2f}"}
+            trained["crops"] = f"{state.step * config.batch * config.accumulate * fabric.world_size}"
+            trained["crops"] += f" of {config.data.crop} px"
+            save_infdit(folder / checkpoints.WEIGHTS, network, metadata=trained)
+            if config.lora.rank:
+                save_lora(folder / checkpoints.LORA, state.network, metadata=trained)
+
+    folder = out / "checkpoints"
+    checkpoint = checkpoints.save(folder, state.step, state.tensors(), score, write_weights, fabric)
+    if fabric.is_global_zero:
+        checkpoints.prune(folder, config.keep)
+        best = checkpoints.best(folder) or checkpoint
+        for name in (checkpoints.WEIGHTS, checkpoints.LORA):
+            if (best / name).exists():
+                _copy(best / name, out / name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    content = source.read_bytes()
+    write_atomically(target, lambda file: file.write(content))
+
+
+def _validate(
+    state: State,
+    held: Sequence[Held],
+    config: TrainConfig,
+    lpips: Lpips | None,
+    fabric: Fabric,
+    log: Log | None,
+) -> float:
+    """Every process takes its share of the crops; returns the mean loss, the same on all."""
+    share = math.ceil(len(held) / fabric.world_size)
+    numbers = range(fabric.global_rank * share, (fabric.global_rank + 1) * share)
+    # Shares must be equal where weights are sharded: crops that some see twice count once.
+    mine = [held[number % len(held)] for number in numbers]
+    counts = torch.tensor([float(number < len(held)) for number in numbers])
+    rows, pictures = [], []
+    for figures, row in validate(state.network, config.loss, mine, config.presets, lpips):
+        rows.append(figures)
+        pictures.append(row)
+    sums = (torch.tensor([list(row.values()) for row in rows]) * counts[:, None]).sum(0)
+    means = dict(zip(rows[0], (_summed(sums.to(fabric.device), fabric) / len(held)).tolist(), strict=True))
+    losses = [value for name, value in means.items() if "_loss_" in name]
+    score = sum(losses) / len(losses)
+    if log is not None:
+        log.write("validation", state.step, {"loss": score} | means)
+        shown = {name: value for name, value in means.items() if "_loss_" not in name}
+        _say(fabric, f"validation: loss {score:.4g}, " + ", ".join(f"{n} {v:.4g}" for n, v in shown.items()))
+        if config.pictures:
+            log.picture(state.step, contact_sheet(pictures[: config.pictures]))
+    return score
+
+
+def _test(
+    weights: Path, pictures: Sequence[PictureFile], config: TrainConfig, lpips: Lpips | None, fabric: Fabric, log: Log
+) -> None:
+    rows: dict[str, dict[str, float]] = {}
+    for name, figures in test(weights, pictures, config.presets, lpips, fabric.device):
+        rows[name] = figures
+        _say(fabric, f"test: {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    means = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}
+    _say(fabric, "test, mean: " + ", ".join(f"{key} {value:.4g}" for key, value in means.items()))
+    log.table("test", rows | {"mean": means})
+
+
+class _Report:
+    """Times the run and writes a row of the log every so many steps."""
+
+    def __init__(
+        self, config: TrainConfig, network: InfDiTConfig, state: State, fabric: Fabric, log: Log | None
+    ) -> None:
+        self.config, self.state, self.fabric, self.log = config, state, fabric, log
+        # Backward is twice forward.
+        self.flops = 3 * network.evaluation_flops(config.data.crop, config.data.crop)
+        self.named: set[str] = set()
+        self.began = time.monotonic() - state.seconds
+        self._window()
+
+    def _window(self) -> None:
+        self.opened, self.first, self.waited, self.elsewhere = time.monotonic(), self.state.step, 0.0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For data."""
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Time that is no training."""
+        start = time.monotonic()
+        yield
+        self.elsewhere += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        start = time.monotonic()
+        with self.apart():
+            yield
+        self.state.saving += time.monotonic() - start
+
+    def broken(self, skipped: Sequence[Skipped]) -> None:
+        """Name damaged pictures, each once."""
+        for name, reason in skipped:
+            if name not in self.named:
+                self.named.add(name)
+                print(f"skipped {name}: {reason} ({len(self.named)} so far)", file=sys.stderr, flush=True)
+
+    def stepped(self, norm: float) -> None:
+        state, config, fabric = self.state, self.config, self.fabric
+        state.seconds = time.monotonic() - self.began
+        if state.step % config.log_every and state.step != config.steps:
+            return
+        steps, seconds = state.step - self.first, time.monotonic() - self.opened - self.elsewhere
+        crops = steps * config.batch * config.accumulate  # of one device
+        figures = state.losses.means(_summed(state.losses.sums, fabric))
+        state.losses.sums.zero_()
+        rate = self.flops * crops / seconds
+        figures |= {
+            "learning_rate": state.optimizers[-1].param_groups[0]["lr"],
+            "gradient_norm": norm,
+            "crops_per_second": crops * fabric.world_size / seconds,
+            "tflops_per_device": rate / 1e12,
+            "share_of_matmul": rate / matmul_rate(fabric.device, _DTYPES[config.precision]),
+            "data_share": self.waited / seconds,
+            "saving_share": state.saving / state.seconds,
+            "hours": state.seconds / 3600,
+        }
+        if self.log is not None:
+            self.log.write("log", state.step, figures)
+        left = (config.steps - state.step) * (time.monotonic() - self.opened) / steps
+        _say(
+            fabric,
+            f"step {state.step}/{config.steps}, loss {figures['loss']:.4g}, gradient norm {norm:.3g}, "
+            f"{figures['crops_per_second']:.3g} crops/s, {left / 3600:.0f} h {left / 60 % 60:02.0f} min left",
+        )
+        self._window()
+
+
+def _summed(x: Tensor, fabric: Fabric) -> Tensor:
+    """Over all processes."""
+    return cast(Tensor, fabric.all_reduce(x, reduce_op="sum")) if fabric.world_size > 1 else x
+
+
+def _say(fabric: Fabric, text: str) -> None:
+    if fabric.is_global_zero:
+        print(text, file=sys.stderr, flush=True)

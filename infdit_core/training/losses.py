@@ -1,7 +1,17 @@
-"""The denoising loss, and how it is weighted over noise levels."""
+"""The denoising loss: what the network is asked in training, and how an answer weighs."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..diffusion import edm
+from ..infdit.config import InfDiTConfig
+from .config import LossConfig
+from .data import Batch
 
 
 def unit_weight(sigma: Tensor) -> Tensor:
@@ -18,6 +28,85 @@ def v_weight(sigma: Tensor) -> Tensor:
     return (sigma**2 + 1) / sigma**2
 
 
+def _weight(config: LossConfig, sigma: Tensor, sigma_data: float) -> Tensor:
+    weights = {"unit": unit_weight, "v": v_weight, "epsilon": epsilon_weight}
+    return edm.loss_weight(sigma, sigma_data) if config.weight == "edm" else weights[config.weight](sigma)
+
+
 def denoising_loss(denoised: Tensor, original: Tensor, weight: Tensor, power: int = 2) -> Tensor:
     """weight * mean |denoised - original|^power per picture: (B, C, H, W) twice, (B,) -> (B,)."""
     return weight * (denoised - original).abs().pow(power).flatten(1).mean(1)
+
+
+def loss_at(
+    denoise: Callable[..., Tensor],
+    network: InfDiTConfig,
+    config: LossConfig,
+    batch: Batch,
+    sigma: Tensor,
+    noisy: Tensor,
+    **conditions: Any,
+) -> Tensor:
+    """Weighted loss (B,) of one evaluation at given noise levels (B,)."""
+    denoised = denoise(noisy, sigma, batch.low_res, upsampled=batch.upsampled, direction=config.direction, **conditions)
+    return denoising_loss(denoised, batch.original, _weight(config, sigma, network.sigma_data), config.power)
+
+
+def training_loss(
+    denoise: Callable[..., Tensor],
+    network: InfDiTConfig,
+    config: LossConfig,
+    batch: Batch,
+    generator: torch.Generator,
+    **conditions: Any,
+) -> tuple[Tensor, Tensor]:
+    """Loss (B,) at random noise levels, and these (B,), sigma_max where a sample was without noise.
+
+    denoise: InfDiT.denoise. Everything random comes from `generator`, on the pictures' device.
+    """
+    original, device = batch.original, batch.original.device
+    count, crop = len(original), original.shape[3]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    sigma = (config.sigma_log_mean + config.sigma_log_deviation * normal(count)).exp()
+    sigma = sigma.clamp(network.sigma_min, network.sigma_max)
+    noise = normal(*original.shape)
+    kept, regressed = torch.rand(2, count, generator=generator, device=device)
+    if config.lr_dropout:  # what the network does where the low resolution says nothing
+        dropped = (kept < config.lr_dropout)[:, None, None, None]
+        low_res, upsampled = (
+            torch.where(dropped, normal(*t.shape).clamp(-1, 1), t) for t in (batch.low_res, batch.upsampled)
+        )
+        batch = batch._replace(low_res=low_res, upsampled=upsampled)
+    mean_asked = regressed < config.regression
+    sigma = torch.where(mean_asked, network.sigma_max, sigma)
+    noisy = torch.where(mean_asked[:, None, None, None], batch.upsampled, original + sigma[:, None, None, None] * noise)
+    # One pair of offsets a batch, any that keep its positions clear of the table's wrap: up to 7 crops at 1024.
+    largest = network.rope_side - crop // network.patch_size
+    row, column = torch.randint(0, largest + 1, (2,), generator=generator, device=device).tolist()
+    return loss_at(denoise, network, config, batch, sigma, noisy, offset=(row, column), **conditions), sigma
+
+
+class LossMeter:
+    """Mean loss by noise level: quarters of the levels drawn, and samples without noise."""
+
+    def __init__(self, config: LossConfig, sigma_max: float, device: torch.device) -> None:
+        quartiles = (-0.6745, 0.0, 0.6745)
+        self.edges = [math.exp(config.sigma_log_mean + config.sigma_log_deviation * z) for z in quartiles]
+        self.sigma_max = sigma_max
+        self.sums = torch.zeros(2, len(self.edges) + 2, device=device)  # of losses, of samples
+
+    def add(self, loss: Tensor, sigma: Tensor) -> None:
+        """Loss and sigma, (B,)."""
+        level = torch.bucketize(sigma, torch.tensor(self.edges, device=sigma.device))
+        level = torch.where(sigma >= self.sigma_max, len(self.edges) + 1, level)
+        self.sums.index_add_(1, level, torch.stack([loss.detach(), torch.ones_like(loss)]))
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        """Names and means of sums as kept here, perhaps added up over processes; NaN where nothing fell."""
+        edges = [f"{edge:.2g}" for edge in self.edges]
+        names = [f"loss_below_{edges[0]}", *(f"loss_{a}_{b}" for a, b in pairwise(edges)), f"loss_above_{edges[-1]}"]
+        values = (sums[0] / sums[1]).tolist()
+        return {"loss": float(sums[0].sum() / sums[1].sum()), **dict(zip([*names, "loss_mean"], values, strict=True))}

@@ -1,0 +1,5 @@
+"""How pictures go bad."""
+
+from .synthesis import degrade
+
+__all__ = ["degrade"]

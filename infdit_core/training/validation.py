@@ -1,0 +1,122 @@
+"""How well the weights do: on crops of held pictures while training, on whole test pictures at its end."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..images import resize
+from ..infdit.checkpoint import load_infdit
+from ..infdit.model import InfDiT
+from ..metrics import psnr_y, ssim_y
+from ..upscale import upscale
+from .config import DataConfig, LossConfig
+from .data import Batch, Crops, PictureFile, read_pixels, reduce
+from .losses import loss_at
+
+Lpips = Callable[[Tensor, Tensor], float]
+
+
+class Held(NamedTuple):
+    """A validation crop, with one low resolution for every kind that the training sees."""
+
+    original: Tensor  # (1, 3, S, S) in 0..1
+    batches: dict[str, Batch]  # by kind: "clean", "degraded"
+
+
+def held_crops(
+    pictures: Sequence[PictureFile], side: int, scale: int, config: DataConfig, device: torch.device
+) -> list[Held]:
+    """The most detailed of eight crops of every picture, the same at each call."""
+    upright = dataclasses.replace(config, direct=1.0, mirror=0.0, turn=False, candidates=8)
+    kinds = (["clean"] if config.degraded < 1 else []) + (["degraded"] if config.degraded > 0 else [])
+    held = []
+    for number, picture in enumerate(pictures):
+        crop = torch.from_numpy(Crops([picture], side, upright, seed=0)[0].pixels).permute(2, 0, 1)[None].to(device)
+        generator = torch.Generator(device).manual_seed(number)
+        batches = {
+            kind: reduce(crop, scale, 0, torch.tensor([kind == "degraded"], device=device), generator) for kind in kinds
+        }
+        held.append(Held(crop.float() / 255, batches))
+    return held
+
+
+@torch.no_grad()
+def validate(
+    network: InfDiT,
+    loss: LossConfig,
+    held: Sequence[Held],
+    presets: Sequence[str],
+    lpips: Lpips | None,
+) -> Iterator[tuple[dict[str, float], list[Tensor]]]:
+    """Of every held crop in turn: its figures, and pictures (LR, bicubic, one a preset, original) in 0..1.
+
+    loss: at three noise levels, one deviation apart; PSNR-Y in dB and LPIPS of each preset, beside bicubic.
+    """
+    levels = [math.exp(loss.sigma_log_mean + loss.sigma_log_deviation * z) for z in (-1, 0, 1)]
+    for original, batches in held:
+        figures: dict[str, float] = {}
+        pictures: list[Tensor] = []
+        for kind, batch in batches.items():
+            noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(5)).to(original.device)
+            for level in levels:
+                sigma = torch.full((1,), min(level, network.config.sigma_max), device=original.device)
+                noisy = batch.original + sigma * noise
+                figures[f"{kind}_loss_{level:.3g}"] = float(
+                    loss_at(network.denoise, network.config, loss, batch, sigma, noisy)
+                )
+            low_res = batch.low_res.permute(0, 2, 3, 1) / 2 + 0.5
+            results = {"bicubic": batch.upsampled / 2 + 0.5}
+            for preset in presets:
+                results[preset] = upscale(low_res, model=network, scale=network.config.scale, preset=preset).permute(
+                    0, 3, 1, 2
+                )
+            for name, result in results.items():
+                figures[f"{kind}_{name}_psnr_y"] = psnr_y(result, original)
+                if lpips is not None:
+                    figures[f"{kind}_{name}_lpips"] = lpips(result.cpu(), original.cpu())
+            nearest = torch.nn.functional.interpolate(batch.low_res / 2 + 0.5, size=original.shape[2:])
+            pictures += [nearest, *results.values(), original]
+        yield figures, pictures
+
+
+def contact_sheet(rows: Sequence[Sequence[Tensor]]) -> Image.Image:
+    """One row of pictures (1, 3, S, S) in 0..1 for every crop."""
+    sheet = torch.cat([torch.cat([t.cpu() for t in row], dim=3) for row in rows], dim=2)
+    return Image.fromarray((sheet[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+@torch.no_grad()
+def test(
+    weights: Path, pictures: Sequence[PictureFile], presets: Sequence[str], lpips: Lpips | None, device: torch.device
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Reduce every picture to a quarter (or the network's scale) by Pillow's bicubic and enlarge it, whole.
+
+    Yields its name, and PSNR-Y, SSIM and LPIPS of bicubic and each preset.
+    """
+    model = load_infdit(weights, device)
+    scale = model.config.scale
+    for picture in pictures:
+        pixels = read_pixels(picture)
+        height, width = (side - side % scale for side in pixels.shape[:2])
+        image = Image.fromarray(pixels[:height, :width])
+        small = image.resize((width // scale, height // scale), Image.Resampling.BICUBIC)
+        low_res = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)[None].to(device)
+        results = {"bicubic": resize(low_res.permute(0, 3, 1, 2), (height, width)).clamp(0, 1)}
+        for preset in presets:
+            results[preset] = upscale(low_res, model=model, scale=scale, preset=preset).permute(0, 3, 1, 2)
+        original = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)[None]
+        figures = {}
+        for name, result in results.items():
+            eight_bit = (result.cpu() * 255).round() / 255
+            figures[f"{name}_psnr_y"] = psnr_y(eight_bit, original)
+            figures[f"{name}_ssim_y"] = ssim_y(eight_bit, original)
+            if lpips is not None:
+                figures[f"{name}_lpips"] = lpips(eight_bit, original)
+        yield picture.name, figures
