@@ -4,13 +4,13 @@ import logging
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .diffusion import edm
-from .diffusion.samplers import SAMPLERS
+from .diffusion.samplers import SAMPLERS, Noise
 from .images import match_low_frequencies, match_mean_deviation, pad_by_reflection, resize
 from .infdit.checkpoint import load_infdit
 from .infdit.config import InfDiTConfig
@@ -20,6 +20,7 @@ from .memory import available_memory, out_of_memory
 log = logging.getLogger(__name__)
 
 TileSize = Literal["auto"] | tuple[int, int] | int | None
+Sampler = Callable[..., Tensor]  # (denoise, x, sigmas, noise=...), as those of diffusion/samplers.py
 MAX_PIXELS = 2**30  # of a result: 12 GiB in fp32, and a sampler holds several such tensors
 
 
@@ -82,7 +83,8 @@ def upscale(
     preset: str = "balanced",
     steps: int | None = None,
     start: float | None = None,
-    sampler: str = "heun",
+    sigmas: Tensor | None = None,
+    sampler: str | Sampler = "heun",
     seed: int = 0,
     tile: TileSize = "auto",
     colour: Literal["none", "wavelet", "mean"] = "none",
@@ -96,7 +98,9 @@ def upscale(
     the result. semantic: (1 or B, semantic_size).
     preset: faithful, balanced or detailed, as the weights define them; steps and start override it: start is the
     sigma of the noise put on the one-evaluation estimate, from where the sampler takes `steps` steps; steps = 1
-    alone is that estimate. sampler: heun, euler, ddim or dpmpp_2m. seed: every picture's own, so that it doesn't
+    alone is that estimate. sigmas: a schedule of your own in their place, n + 1 falling values; one that starts below
+    the weights' largest sigma starts on the one-evaluation estimate. sampler: heun, euler, ddim or dpmpp_2m, or a
+    function with the signature of those. seed: every picture's own, so that it doesn't
     matter what else is in the batch. tile: blocks a step, "auto" by free memory, None all at once; never changes the
     result. colour: transfer from the input, "wavelet" the low frequencies, "mean" mean and deviation.
     on_progress is called after every tile; what it raises stops the work.
@@ -111,12 +115,14 @@ def upscale(
         )
     if not image.isfinite().all():
         raise ValueError("image holds values that are not numbers (NaN or infinite)")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
+    if isinstance(sampler, str):
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
+        sampler = SAMPLERS[sampler]
     if colour not in ("none", "wavelet", "mean"):
         raise ValueError(f"colour is {colour!r}: it must be none, wavelet or mean")
     model = model or _default_model()
-    schedule = _schedule(model.config, preset, steps, start)
+    schedule = _schedule(model.config, preset, steps, start, sigmas)
     size = target_size(image.shape[1], image.shape[2], scale=scale, size=size)
     passes = _passes((image.shape[1], image.shape[2]), size, model.config.scale)
     evaluations = schedule.evaluations(sampler)
@@ -125,7 +131,8 @@ def upscale(
 
     def report(progress: Progress) -> None:
         if on_progress is not None:
-            on_progress(UpscaleProgress((finished + progress.done / progress.total) / work, progress.estimate))
+            done = finished + progress.done / progress.total
+            on_progress(UpscaleProgress(min(1.0, done / work), progress.estimate))
 
     results = []
     for index, picture in enumerate(image.permute(0, 3, 1, 2).float().split(1)):
@@ -162,14 +169,32 @@ class _Schedule(NamedTuple):
     from_estimate: bool  # start from the one-evaluation estimate plus noise
     only_estimate: bool  # nothing but that estimate
 
-    def evaluations(self, sampler: str) -> int:
+    def evaluations(self, sampler: Sampler) -> int:
+        """How many it takes, counted on a single pixel: samplers differ, and may be a host's."""
         if self.only_estimate:
             return 1
-        steps = len(self.sigmas) - 1
-        return self.from_estimate + (2 * steps - 1 if sampler == "heun" else steps)
+        calls = int(self.from_estimate)
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return torch.zeros_like(x)
+
+        sampler(denoise, torch.zeros(1, 3, 1, 1), self.sigmas, noise=torch.zeros_like)
+        return calls
 
 
-def _schedule(config: InfDiTConfig, preset: str, steps: int | None, start: float | None) -> _Schedule:
+def _schedule(
+    config: InfDiTConfig, preset: str, steps: int | None, start: float | None, sigmas: Tensor | None
+) -> _Schedule:
+    if sigmas is not None:
+        sigmas = sigmas.detach().float().cpu()
+        if sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.isfinite().all() or not (sigmas.diff() < 0).all():
+            raise ValueError("sigmas must be at least two numbers, each smaller than the one before")
+        if sigmas[-1] < 0 or sigmas[0] < config.sigma_min:
+            raise ValueError(f"sigmas must start above {config.sigma_min:g} and end at 0, not {sigmas[0]:g}")
+        below = bool(sigmas[0] < config.sigma_max * (1 - 1e-4))
+        return _Schedule(sigmas, from_estimate=below, only_estimate=False)
     if preset not in config.presets:
         raise ValueError(f"preset is {preset!r}: these weights have {', '.join(config.presets)}")
     chosen = config.presets[preset]
@@ -183,10 +208,10 @@ def _schedule(config: InfDiTConfig, preset: str, steps: int | None, start: float
         start = chosen.start
     steps = steps or chosen.steps
     if start is None:
-        sigmas = edm.sigmas(steps, config.sigma_min, config.sigma_max)
+        levels = edm.sigmas(steps, config.sigma_min, config.sigma_max)
     else:
-        sigmas = edm.sigmas(steps, config.sigma_min, start)
-    return _Schedule(sigmas, from_estimate=start is not None, only_estimate=start is None and steps == 1)
+        levels = edm.sigmas(steps, config.sigma_min, start)
+    return _Schedule(levels, from_estimate=start is not None, only_estimate=start is None and steps == 1)
 
 
 def _passes(size: tuple[int, int], target: tuple[int, int], scale: int) -> list[tuple[int, int]]:
@@ -207,7 +232,7 @@ def _enlarge(
     x: Tensor,
     model: InfDiT,
     schedule: _Schedule,
-    sampler: str,
+    sampler: Sampler,
     seed: int,
     semantic: Tensor | None,
     tile: TileSize,
@@ -216,39 +241,17 @@ def _enlarge(
 ) -> Tensor:
     """One pass: (1, 3, h, w) in [-1, 1] -> (1, 3, h * scale, w * scale), not clamped."""
     config = model.config
-    lr_block = config.block_size // config.scale
     height, width = x.shape[2:]
-    rows, cols = math.ceil(height / lr_block), math.ceil(width / lr_block)
-    low_res = pad_by_reflection(x, rows * lr_block, cols * lr_block)
-    upsampled = resize(low_res, (rows * config.block_size, cols * config.block_size)).clamp_(-1, 1)
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like.device)
-
-    memory = _MemoryPlan(model, rows, cols, tile)
+    low_res, upsampled = pad_and_enlarge(x, config)
+    noise = noise_of(seed)
+    memory = MemoryPlan(model, *block_grid((height, width), config), tile)
 
     def denoise(noisy: Tensor, sigma: Tensor) -> Tensor:
-        while True:
-            try:
-                denoised = model.denoise(
-                    noisy,
-                    sigma,
-                    low_res,
-                    upsampled=upsampled,
-                    semantic=semantic,
-                    tile=memory.tile,
-                    positions="continuous",  # the published table's wrap makes a seam every 4096 pixels
-                    cache_device=memory.cache_device,
-                    on_tile=on_tile,
-                )
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                memory.reduce()
-            else:
-                on_evaluation()
-                return denoised
+        denoised = denoise_in_memory(
+            model, memory, noisy, sigma, low_res, upsampled=upsampled, semantic=semantic, on_tile=on_tile
+        )
+        on_evaluation()
+        return denoised
 
     sigma_max = torch.tensor(config.sigma_max)
     if schedule.only_estimate or schedule.from_estimate:
@@ -262,26 +265,83 @@ def _enlarge(
     else:
         result = upsampled + schedule.sigmas[0] * noise(upsampled)
     if not schedule.only_estimate:
-        result = SAMPLERS[sampler](denoise, result, schedule.sigmas, noise=noise)
+        result = sampler(denoise, result, schedule.sigmas, noise=noise)
     return result[:, :, : height * config.scale, : width * config.scale]
 
 
-class _MemoryPlan:
+# --- the parts of a pass, for a host whose own samplers drive the network
+
+
+def block_grid(size: tuple[int, int], config: InfDiTConfig) -> tuple[int, int]:
+    """Rows and columns of blocks for a low resolution of (height, width)."""
+    side = config.block_size // config.scale
+    return math.ceil(size[0] / side), math.ceil(size[1] / side)
+
+
+def pad_and_enlarge(x: Tensor, config: InfDiTConfig) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, h, w) in [-1, 1] -> padded to whole blocks, and that enlarged bicubically, both in [-1, 1]."""
+    rows, cols = block_grid((x.shape[2], x.shape[3]), config)
+    lr_block = config.block_size // config.scale
+    low_res = pad_by_reflection(x, rows * lr_block, cols * lr_block)
+    return low_res, resize(low_res, (rows * config.block_size, cols * config.block_size)).clamp_(-1, 1)
+
+
+def noise_of(seed: int) -> Noise:
+    """Standard normal noise, always the same for a seed: drawn on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda like: torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def denoise_in_memory(
+    model: InfDiT, memory: "MemoryPlan", noisy: Tensor, sigma: Tensor, low_res: Tensor, **options: Any
+) -> Tensor:
+    """model.denoise as the plan says, and again with a smaller plan where memory runs out."""
+    while True:
+        try:
+            return model.denoise(
+                noisy,
+                sigma,
+                low_res,
+                tile=memory.tile,
+                cache_device=memory.cache_device,
+                positions="continuous",  # the published table's wrap makes a seam every 4096 pixels
+                **options,
+            )
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        memory.reduce()  # out here nothing holds the tensors of the failed evaluation any more
+
+
+def working_memory(
+    model: InfDiT, image_size: tuple[int, int], size: tuple[int, int], tile: TileSize = "auto", free: int | None = None
+) -> int:
+    """Bytes that `upscale` takes on the network's device beside the weights, from and to a (height, width).
+
+    free: what it may take, None: what is free there now.
+    """
+    starts = [image_size, *_passes(image_size, size, model.config.scale)][:-1]
+    return max((MemoryPlan(model, *block_grid(start, model.config), tile, free).bytes for start in starts), default=0)
+
+
+class MemoryPlan:
     """Blocks a step and where K/V waits: from free memory at first, less after each out-of-memory."""
 
-    def __init__(self, model: InfDiT, rows: int, cols: int, tile: TileSize) -> None:
-        weight = model.final.weight
+    def __init__(self, model: InfDiT, rows: int, cols: int, tile: TileSize, free: int | None = None) -> None:
+        config, (self.device, dtype) = model.config, model.compute()
+        self.grid = (rows, cols)
         self.cache_device: str | None = None
         self.tile: tuple[int, int]
+        # Measured on the CPU: about 24 values a channel and token at the MLP's and the attention's peak.
+        token_bytes = config.hidden_size * dtype.itemsize
+        self._block_bytes = 24 * token_bytes * config.block_tokens**2
+        self._line_bytes = 2 * min(rows, cols) * config.num_layers * token_bytes * config.block_tokens**2
+        self._lr_block_bytes = 2 * token_bytes * config.lr_block_tokens**2
         if tile == "auto":
-            config = model.config
-            # Measured on the CPU: about 24 values a channel and token at the MLP's and the attention's peak.
-            block_bytes = 24 * config.hidden_size * config.block_tokens**2 * weight.dtype.itemsize
-            line_bytes = 2 * min(rows, cols) * config.num_layers * config.hidden_size * config.block_tokens**2
-            spare = available_memory(weight.device) // 2 - line_bytes * weight.dtype.itemsize
+            spare = (available_memory(self.device) if free is None else free) // 2 - self._line_bytes
             # Beyond some thousand tokens a larger tile is no faster, and on a CPU it falls out of the cache.
-            most = max(1, (4096 if weight.device.type == "cpu" else 65536) // config.block_tokens**2)
-            blocks = min(most, max(1, int(spare // block_bytes)))
+            most = max(1, (4096 if self.device.type == "cpu" else 65536) // config.block_tokens**2)
+            blocks = min(most, max(1, int(spare // self._block_bytes)))
             across = min(rows, cols, max(1, math.isqrt(blocks)))
             along = min(max(rows, cols), max(1, blocks // across))
             self.tile = (across, along) if rows <= cols else (along, across)
@@ -291,6 +351,15 @@ class _MemoryPlan:
             self.tile = (tile, tile) if isinstance(tile, int) else tile
         if min(self.tile) < 1:
             raise ValueError(f"tile is {tile}: it needs at least 1 block")
+
+    @property
+    def bytes(self) -> int:
+        """What one evaluation takes on the network's device beside weights and pictures, about."""
+        rows, cols = (min(most, side) for most, side in zip(self.tile, self.grid, strict=True))
+        line = self._line_bytes if self.cache_device is None and (rows, cols) != self.grid else 0
+        lines = rows if self.grid[0] >= self.grid[1] else cols  # the scan runs along the shorter side
+        low_res = (lines + 2) * (min(self.grid) + 2) * self._lr_block_bytes
+        return rows * cols * self._block_bytes + line + low_res
 
     def reduce(self) -> None:
         """After running out of memory: a quarter of the tile, then K/V to host memory, then give up."""
@@ -304,6 +373,7 @@ class _MemoryPlan:
             log.warning("out of memory with single blocks: keys and values of finished blocks move to host memory")
         else:
             raise MemoryError(
-                "out of memory with single blocks and keys and values in host memory: "
-                "free memory on the device, use bfloat16, or choose a smaller result"
+                "out of memory with single blocks and keys and values in host memory: that takes about "
+                f"{self.bytes / 2**20:.0f} MiB beside the weights, and {available_memory(self.device) / 2**20:.0f} MiB "
+                f"are free on {self.device}. Free memory there, use bfloat16, or choose a smaller result"
             )

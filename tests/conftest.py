@@ -4,8 +4,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -74,3 +76,20 @@ def tiny_model() -> Callable[..., InfDiT]:
         return model.eval().requires_grad_(False)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four pictures, 112 x 96 px of waves and a little noise; not to be written to."""
+    folder = tmp_path_factory.mktemp("photographs")
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:96, :112] / 96
+    for number in range(4):
+        pixels = np.full((96, 112, 3), 127.0)
+        for _ in range(6):
+            rows, columns, phase = random.normal(size=3) * 8
+            wave = np.sin(2 * np.pi * (rows * y + columns * x) + phase)
+            pixels += 35 * wave[..., None] * random.uniform(-1, 1, 3)
+        pixels += random.normal(size=pixels.shape) * 3
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+    return folder

@@ -147,6 +147,10 @@ class InfDiT(nn.Module):
 
     layers: Sequence[Layer]
     checkpointing = False  # compute the layers once more in the backward pass instead of keeping what they made
+    # Where and in what it computes, if not where and as the weights are: a host may keep weights elsewhere, or in a
+    # smaller type, and have its operations cast them at use.
+    compute_device: torch.device | None = None
+    compute_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -178,6 +182,11 @@ class InfDiT(nn.Module):
         self.lr_query_position = nn.Parameter(torch.zeros(1, tokens, heads, head, **factory))
         self.lr_key_position = nn.Parameter(torch.zeros(1, lr_tokens, heads, head, **factory))
 
+    def compute(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of the computation."""
+        weight = self.final.weight
+        return self.compute_device or weight.device, self.compute_dtype or weight.dtype
+
     def initialise(self, generator: torch.Generator) -> None:
         """Fresh weights for training: the network starts as c_skip * input, every adaLN as the identity."""
         depth_scale = (2 * self.config.num_layers) ** -0.5
@@ -203,7 +212,7 @@ class InfDiT(nn.Module):
 
     def conditioning(self, c_noise: Tensor, semantic: Tensor | None = None) -> Tensor:
         """silu(time + semantics), (B, C). c_noise: (B,); semantic: (B, semantic_size), None adds nothing."""
-        dtype = self.neighbour_position.dtype
+        dtype = self.compute()[1]
         half = self.config.time_channels // 2
         frequencies = torch.exp(-torch.arange(half, device=c_noise.device) / half * torch.log(torch.tensor(10000.0)))
         angle = c_noise.float()[:, None] * frequencies
@@ -275,7 +284,7 @@ class InfDiT(nn.Module):
 
         Returns (B, 3, H, W) fp32 on noisy's device. Raises ValueError for shapes that don't fit.
         """
-        config, device, dtype = self.config, self.final.weight.device, self.final.weight.dtype
+        config, (device, dtype) = self.config, self.compute()
         scan = self._scan(noisy, low_res, tile, direction)
         if positions not in get_args(Positions):
             raise ValueError(f"positions is {positions!r}: it must be 'reference' or 'continuous'")
@@ -355,8 +364,8 @@ class InfDiT(nn.Module):
         return rotary_table(axes[0], axes[1], side, self.config.head_size)
 
     def _lr_embed(self, low_res: Tensor) -> Tensor:
-        weight = self.final.weight
-        return self.lr_embed(low_res.to(device=weight.device, dtype=weight.dtype))
+        device, dtype = self.compute()
+        return self.lr_embed(low_res.to(device=device, dtype=dtype))
 
     def _picture(self, x: Tensor, modulation: Modulation) -> Tensor:
         """Tokens (B, rows, cols, N, C) -> (B, 3, H, W) fp32."""

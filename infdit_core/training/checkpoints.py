@@ -5,9 +5,11 @@ checkpoints/step-00001000/weights.safetensors, and lora.safetensors where only t
 checkpoints/step-00001000/score.json where it was validated: its loss
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ def save(
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         fabric.barrier()
-        save_state(state, checkpoint_id=part / _STATE, no_dist=fabric.world_size == 1)
+        with _alone():
+            save_state(state, checkpoint_id=part / _STATE, no_dist=fabric.world_size == 1)
         write_weights(part)
         fabric.barrier()
         if fabric.is_global_zero:
@@ -62,11 +65,20 @@ def newest(folder: Path) -> Path | None:
 def restore(checkpoint: Path, state: dict[str, Any], fabric: Fabric) -> None:
     """Load into the tensors of `state`, in place. Raises OSError for a damaged or unfit checkpoint."""
     try:
-        load_state(state, checkpoint_id=checkpoint / _STATE, no_dist=fabric.world_size == 1)
+        with _alone():
+            load_state(state, checkpoint_id=checkpoint / _STATE, no_dist=fabric.world_size == 1)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise OSError(
             f"{checkpoint} can't be gone on from: {_cause(error)}. Delete it to go on from the one before"
         ) from error
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Without the warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _cause(error: BaseException) -> str:

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from ..infdit.config import InfDiTConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -94,16 +98,25 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ValueError for settings that don't make sense together."""
-        missing = [key for key, value in (("out", self.out), ("data.train", self.data.train)) if not value]
-        if missing:
-            raise ValueError(f"say {' and '.join(f'{key}=FOLDER' for key in missing)}")
+        needed = {"out=FOLDER": self.out, "data.train=[FOLDER]": self.data.train}
+        if missing := [setting for setting, value in needed.items() if not value]:
+            raise ValueError(f"say {' and '.join(missing)}")
         counts = {key: getattr(self, key) for key in ("steps", "batch", "accumulate", "keep")}
         counts |= {key: getattr(self, key) for key in ("log_every", "validate_every", "save_every")}
         counts |= {f"data.{key}": getattr(self.data, key) for key in ("held", "crop", "candidates")}
         counts |= {"optimizer.learning_rate": self.optimizer.learning_rate, "optimizer.clip": self.optimizer.clip}
         for key, value in counts.items():
-            if value <= 0:
+            if not value > 0:
                 raise ValueError(f"{key}={value}: it must be above 0")
+        amounts = {"seed": self.seed, "pictures": self.pictures, "lora.rank": self.lora.rank}
+        amounts |= {f"data.{key}": getattr(self.data, key) for key in ("workers", "cache")}
+        amounts |= {f"optimizer.{key}": getattr(self.optimizer, key) for key in ("weight_decay", "warmup")}
+        amounts["loss.sigma_log_deviation"] = self.loss.sigma_log_deviation
+        for key, value in amounts.items():
+            if not value >= 0:
+                raise ValueError(f"{key}={value}: it must not be below 0")
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise ValueError(f"optimizer.betas={list(self.optimizer.betas)}: they must be from 0 to below 1")
         shares = {f"data.{key}": getattr(self.data, key) for key in ("direct", "mirror", "surrounded", "degraded")}
         shares |= {f"loss.{key}": getattr(self.loss, key) for key in ("regression", "lr_dropout")}
         shares |= {"optimizer.decay": self.optimizer.decay, "optimizer.ema": self.optimizer.ema}
@@ -129,10 +142,6 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
     A file is a path or the name of one in training/configs/. Raises ValueError for unknown keys and unfit values.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     merged = OmegaConf.structured(TrainConfig)
     settings = [argument for argument in arguments if "=" in argument]
     for argument in (argument for argument in arguments if "=" not in argument):
@@ -142,14 +151,17 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
             raise ValueError(f"{argument} is no config: give {known}, a YAML file, or key=value")
         try:
             merged = OmegaConf.merge(merged, OmegaConf.load(path))
-        except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, TypeError, OSError) as error:
             raise ValueError(f"{path}: {_said(error)}") from error
     for setting in settings:
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([setting]))
         except (OmegaConfBaseException, YAMLError) as error:
             raise ValueError(f"{setting}: {_said(error)}") from error
-    config: TrainConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    try:
+        config: TrainConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ValueError(_said(error)) from error
     config.check()
     return config
 
@@ -158,13 +170,13 @@ def _said(error: Exception) -> str:
     """What an error of OmegaConf says, with the whole key, without its internals."""
     key = getattr(error, "full_key", None)
     first = str(error).splitlines()[0]
+    if "is not a ListConfig" in first:
+        first = "it must be a list, like [a,b]"
     return f"{first} ({key})" if key else first
 
 
 def save(config: TrainConfig, path: Path) -> None:
     """Write all settings as YAML."""
-    from omegaconf import OmegaConf
-
     OmegaConf.save(OmegaConf.structured(config), path)
 
 

@@ -100,8 +100,13 @@ def _shard(path: Path) -> tuple[list[PictureFile], list[Skipped]]:
                     return pictures, [Skipped(f"{path}: {member.name} and what follows", "the shard is cut short")]
                 if member.isfile() and Path(member.name).suffix.lower() in READABLE:
                     pictures.append(PictureFile(f"{path}: {member.name}", path, member.offset_data, member.size))
+            end = shard.offset
     except tarfile.TarError as error:
         return pictures, [Skipped(f"{path}, after {len(pictures)} pictures", f"the shard is damaged ({error})")]
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what follows the last member
+            return pictures, [Skipped(f"{path}, after {len(pictures)} pictures", "the shard is cut short or damaged")]
     return pictures, []
 
 
@@ -127,6 +132,21 @@ def read_pixels(picture: PictureFile) -> Pixels:
         raise OSError(str(error)) from error
 
 
+def decodable(pictures: Sequence[PictureFile]) -> tuple[list[PictureFile], list[Skipped]]:
+    """Pictures that decode to their end; the others are named. Raises DataError where none does."""
+    whole: list[PictureFile] = []
+    damaged: list[Skipped] = []
+    for picture in pictures:
+        try:
+            read_pixels(picture)
+            whole.append(picture)
+        except OSError as error:
+            damaged.append(Skipped(picture.name, f"it is damaged ({error})"))
+    if damaged and not whole:
+        raise DataError(f"all {len(damaged)} pictures can't be decoded: {damaged[0].name}: {damaged[0].reason}")
+    return whole, damaged
+
+
 # --- crops
 
 
@@ -150,7 +170,7 @@ class Crops(Dataset[Crop]):
         random = np.random.default_rng([self.seed, number])
         broken: list[Skipped] = []
         candidates = [self._draw(random, broken) for _ in range(self.config.candidates)]
-        return Crop(np.ascontiguousarray(max(candidates, key=detail)), broken)
+        return Crop(np.array(max(candidates, key=detail), order="C"), broken)
 
     def _draw(self, random: np.random.Generator, broken: list[Skipped]) -> Pixels:
         config, side = self.config, self.side

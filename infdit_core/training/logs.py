@@ -1,13 +1,16 @@
 """Where the numbers of a run go: CSV, TensorBoard, and Weights & Biases where asked for."""
 
 import csv
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+
+from ..weights import write_atomically
 
 
 class Log:
@@ -28,14 +31,15 @@ class Log:
             self.wandb = library.init(project=wandb, name=out.name, id=out.name, resume="allow", config=dict(settings))
 
     def write(self, name: str, step: int, figures: Mapping[str, float]) -> None:
-        """One row of NAME.csv, whose columns the first row decides, and the same elsewhere."""
+        """One row of NAME.csv, and the same elsewhere. Figures that earlier rows lack become columns."""
         path = self.out / f"{name}.csv"
-        new = not path.exists() or not path.stat().st_size
+        row = {"step": str(step)} | {key: f"{value:.6g}" for key, value in figures.items()}
+        header, rows = _rows(path)
+        if new := [key for key in row if key not in header]:
+            header += new
+            _write(path, header, rows)
         with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, ["step", *figures])
-            if new:
-                writer.writeheader()
-            writer.writerow({"step": step} | {key: f"{value:.6g}" for key, value in figures.items()})
+            csv.DictWriter(file, header).writerow(row)
         for key, value in figures.items():
             self.tensorboard.add_scalar(f"{name}/{key}", value, step)
         self.tensorboard.flush()
@@ -44,10 +48,9 @@ class Log:
 
     def table(self, name: str, rows: Mapping[str, Mapping[str, float]]) -> None:
         """NAME.csv at once, a row a picture."""
-        with (self.out / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["picture", *next(iter(rows.values()))])
-            writer.writerows([picture, *(f"{value:.6g}" for value in row.values())] for picture, row in rows.items())
+        columns = ["picture", *next(iter(rows.values()))]
+        cells = [[picture, *(f"{value:.6g}" for value in row.values())] for picture, row in rows.items()]
+        _write(self.out / f"{name}.csv", columns, [dict(zip(columns, row, strict=True)) for row in cells])
 
     def picture(self, step: int, picture: Image.Image) -> None:
         folder = self.out / "samples"
@@ -62,10 +65,23 @@ class Log:
 
 
 def _cut(path: Path, step: int) -> None:
+    header, rows = _rows(path)
+    if header:
+        _write(path, header, [row for row in rows if int(row["step"]) <= step])
+
+
+def _rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and whole rows: a run that was killed, or a full disk, may have left the last one half-written."""
     if not path.exists():
-        return
+        return [], []
     with path.open(newline="") as file:
-        header, *rows = csv.reader(file)
-    kept = [row for row in rows if int(row[0]) <= step]
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *kept])
+        header, *rows = [*csv.reader(file)] or [[]]
+    return header, [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+
+
+def _write(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, header)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

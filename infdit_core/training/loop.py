@@ -32,7 +32,7 @@ from ..metrics import load_lpips
 from ..weights import write_atomically
 from . import checkpoints
 from .config import OptimizerConfig, TrainConfig, differences, parse, save
-from .data import Batch, Crops, PictureFile, Skipped, find_pictures, loader, reduce
+from .data import Batch, Crops, PictureFile, Skipped, decodable, find_pictures, loader, reduce
 from .logs import Log
 from .losses import LossMeter, training_loss
 from .validation import Held, Lpips, contact_sheet, held_crops, test, validate
@@ -125,7 +125,7 @@ def train(config: TrainConfig) -> Path | None:
                 stop, wanted = asked.agreed(fabric)
                 score = None
                 if state.step % config.validate_every == 0 or last:
-                    with state.averaged(), report.apart(), fabric.autocast():
+                    with state.averaged(), report.apart(), fabric.autocast(), _eager():
                         score = _validate(state, held, config, lpips, fabric, log)
                 if state.step % config.save_every == 0 or last or stop or wanted or score is not None:
                     with report.saving():
@@ -184,8 +184,10 @@ def _alone_in(out: Path, fabric: Fabric) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise TrainingError(f"another run is at work in {out}; wait for it, or say another out=FOLDER") from None
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 class _Asked:
@@ -196,9 +198,10 @@ class _Asked:
 
     def agreed(self, fabric: Fabric) -> tuple[bool, bool]:
         """(stop, save) as any process was asked, the same on all; asking to save is answered once."""
-        flags = torch.tensor([float(self.stop), float(self.save)], device=fabric.device)
+        told = self.save  # a signal that comes while the others are waited for is for the next time
+        flags = torch.tensor([float(self.stop), float(told)], device=fabric.device)
         stop, save = _summed(flags, fabric).tolist()
-        self.save = False
+        self.save = self.save and not told
         return stop > 0, save > 0
 
 
@@ -230,7 +233,8 @@ def _network(config: TrainConfig) -> InfDiT:
         network.train().requires_grad_(True)
     else:
         assert config.network is not None
-        network = InfDiT(config.network)
+        with torch.random.fork_rng(devices=[]):  # torch's layers draw weights of their own
+            network = InfDiT(config.network)
         network.initialise(generator)
     if config.data.crop % network.config.block_size:
         raise TrainingError(
@@ -284,16 +288,20 @@ def _pictures(config: TrainConfig, network: InfDiTConfig, out: Path, fabric: Fab
         skipped += more
     else:
         found = training
-    validation = found[:: max(1, len(found) // data.held)][: data.held]
+    held = found[:: max(1, len(found) // data.held)][: data.held]
+    validation, more = decodable(held)
+    skipped += more
     if not data.validation:
-        held = set(validation)
-        training = [picture for picture in training if picture not in held]
+        away = set(held)
+        training = [picture for picture in training if picture not in away]
         if not training:
             raise TrainingError(
                 f"{len(found)} pictures in {', '.join(data.train)}, and all are held for validation: "
                 "give more, or say data.held=1, or data.validation=[FOLDER]"
             )
     tested, more = find_pictures(data.test, 4 * network.scale) if data.test else ([], [])
+    skipped += more
+    tested, more = decodable(tested)
     skipped += more
     _say(fabric, f"{len(training)} pictures to train on, {len(validation)} to validate on, {len(tested)} to test on")
     if skipped:
@@ -388,8 +396,8 @@ def _step(
             losses, sigma = training_loss(model, state.network.config, config.loss, batch, generator)
             fabric.backward(losses.mean() / config.accumulate)
         state.losses.add(losses, sigma)
-    norm = fabric.clip_gradients(model, state.optimizers[0], max_norm=config.optimizer.clip, error_if_nonfinite=False)
-    assert norm is not None
+    # Of all parameters: Fabric's own clips those of one optimiser.
+    norm = torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.optimizer.clip)
     value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(value):
         raise FloatingPointError(
@@ -428,6 +436,7 @@ def _save(state: State, config: TrainConfig, out: Path, score: float | None, fab
                 save_lora(folder / checkpoints.LORA, state.network, metadata=trained)
 
     folder = out / "checkpoints"
+    state.losses.sums.copy_(_summed(state.losses.sums, fabric) / fabric.world_size)  # a checkpoint has one for all
     checkpoint = checkpoints.save(folder, state.step, state.tensors(), score, write_weights, fabric)
     if fabric.is_global_zero:
         checkpoints.prune(folder, config.keep)
@@ -435,6 +444,11 @@ def _save(state: State, config: TrainConfig, out: Path, score: float | None, fab
         for name in (checkpoints.WEIGHTS, checkpoints.LORA):
             if (best / name).exists():
                 _copy(best / name, out / name)
+
+
+def _eager() -> contextlib.AbstractContextManager[None]:
+    """Streaming has too many shapes to compile."""
+    return cast(Any, torch.compiler.set_stance("force_eager"))
 
 
 def _copy(source: Path, target: Path) -> None:

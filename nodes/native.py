@@ -1,0 +1,105 @@
+"""The native path: the host's own samplers over the whole picture."""
+
+import math
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..infdit_core.images import resize
+from ..infdit_core.upscale import pad_and_enlarge
+from . import host
+from .target import result_size, target_inputs
+from .upscale import Semantic
+
+RESULT = "infdit"  # entry of the LATENT: what 'Inf-DiT to Image' has to know
+
+
+class InfDiTConditioning(io.ComfyNode):
+    """A picture as CONDITIONING, and the LATENT that goes with it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InfDiTConditioning",
+            display_name="Inf-DiT Conditioning",
+            category="image/upscaling/Inf-DiT",
+            description="Prepares a picture for KSampler and the other samplers of ComfyUI: use cfg 1, denoise 1 and "
+            "the scheduler karras, and connect the conditioning as positive and negative. They hold the whole picture "
+            "several times; from about 6000 pixels on take 'Inf-DiT Upscale (tiled)'.",
+            inputs=[
+                io.Model.Input("model", tooltip="From 'Load Inf-DiT': its blocks decide how the picture is padded."),
+                io.Image.Input("image", tooltip="One or more pictures of the same size."),
+                *target_inputs(),
+                Semantic.Input(
+                    "semantic", optional=True, tooltip="What is in the picture, as one vector for each picture."
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    id="conditioning", display_name="conditioning", tooltip="For positive and for negative."
+                ),
+                io.Latent.Output(
+                    id="latent", display_name="latent", tooltip="For latent_image: the picture enlarged bicubically."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, image: Tensor, semantic: Tensor | None = None, **target: Any) -> io.NodeOutput:
+        config = host.network_of(model).config
+        size = result_size(image, **target)
+        planes = image.permute(0, 3, 1, 2).float()
+        alpha = planes[:, -1:] if planes.shape[1] in (2, 4) else None
+        colours = planes if alpha is None else planes[:, :-1]
+        x = colours.expand(-1, 3, -1, -1) * 2 - 1
+        # One pass multiplies by the network's factor: for more, the picture is enlarged a little before.
+        least = (math.ceil(size[0] / config.scale), math.ceil(size[1] / config.scale))
+        if least[0] > x.shape[2] or least[1] > x.shape[3]:
+            x = resize(x, (max(least[0], x.shape[2]), max(least[1], x.shape[3]))).clamp(-1, 1)
+        low_res, upsampled = pad_and_enlarge(x, config)
+        entries = {host.LOW_RES: low_res} | ({} if semantic is None else {host.SEMANTIC: semantic})
+        # The host's nodes for CONDITIONING want a tensor of text tokens; the network has none.
+        conditioning = [[torch.zeros(len(image), 1, 1), entries]]
+        result = {"made": (x.shape[2] * config.scale, x.shape[3] * config.scale), "size": size, "alpha": alpha}
+        latent = {"samples": host.on_result_device(upsampled), RESULT: result}
+        return io.NodeOutput(conditioning, latent)
+
+
+class InfDiTToImage(io.ComfyNode):
+    """What a sampler made of the LATENT, as IMAGE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InfDiTToImage",
+            display_name="Inf-DiT to Image",
+            category="image/upscaling/Inf-DiT",
+            description="Turns the latent of an Inf-DiT sampler into pictures: cut and resized to the size asked for, "
+            "transparency restored. In place of a VAE.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="From a sampler that got the latent of 'Inf-DiT Conditioning'.")
+            ],
+            outputs=[io.Image.Output(id="image", display_name="image", tooltip="The enlarged pictures.")],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict[str, Any]) -> io.NodeOutput:
+        x = samples["samples"]
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(
+                f"The latent has shape {tuple(x.shape)}, so it is no picture of Inf-DiT (three channels); for the "
+                "latents of other models use 'VAE Decode'."
+            )
+        result = samples.get(RESULT)
+        x = x.float()
+        if result is not None:
+            made, size = result["made"], result["size"]
+            x = x[:, :, : made[0], : made[1]]
+            x = x if tuple(x.shape[2:]) == size else resize(x, size)
+        x = x.clamp(-1, 1).add(1).div(2)
+        if result is not None and result["alpha"] is not None:
+            alpha = resize(result["alpha"].to(x.device), result["size"]).clamp(0, 1)
+            x = torch.cat([x, alpha.repeat(math.ceil(len(x) / len(alpha)), 1, 1, 1)[: len(x)]], dim=1)
+        return io.NodeOutput(host.on_result_device(x.permute(0, 2, 3, 1)))

@@ -1,0 +1,134 @@
+"""The streaming path: pictures of any size, block by block."""
+
+from functools import lru_cache
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from . import host
+from .target import result_size, target_inputs
+
+PRESETS = ["faithful", "balanced", "detailed"]
+COLOURS = ["none", "wavelet", "mean"]
+SEED = {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}
+
+Semantic = io.Custom("INFDIT_SEMANTIC")  # (1 or B, semantic_size) vectors
+
+
+@lru_cache(maxsize=1)
+def _default_model() -> Any:
+    return host.load_model(None, "auto")
+
+
+class Upscale(io.ComfyNode):
+    """One node for everyone."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InfDiTUpscale",
+            display_name="Upscale (Inf-DiT)",
+            category="image/upscaling/Inf-DiT",
+            description="Enlarges pictures with the network that ships with this pack. Nothing to download, any size, "
+            "no seams. For other networks and more control: 'Inf-DiT Upscale (tiled)'.",
+            inputs=[
+                io.Image.Input(
+                    "image", tooltip="One or more pictures of any size; transparency is enlarged along with them."
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=4.0,
+                    min=0.05,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="How many times wider and higher, any number.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=PRESETS,
+                    default="balanced",
+                    tooltip="faithful: closest to the truth on average, soft, fastest. balanced: sharper. detailed: "
+                    "sharpest, makes up most, slowest.",
+                ),
+                io.Int.Input("seed", tooltip="Another seed makes up other detail; 'faithful' has none.", **SEED),
+            ],
+            outputs=[io.Image.Output(id="upscaled", display_name="image", tooltip="The enlarged pictures.")],
+        )
+
+    @classmethod
+    def execute(cls, image: Tensor, scale: float, preset: str, seed: int) -> io.NodeOutput:
+        size = result_size(image, "scale", scale, 0, 0)
+        return io.NodeOutput(host.upscale(_default_model(), image, size, preset=preset, seed=seed))
+
+
+class UpscaleTiled(io.ComfyNode):
+    """The same with every choice."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InfDiTUpscaleTiled",
+            display_name="Inf-DiT Upscale (tiled)",
+            category="image/upscaling/Inf-DiT",
+            description="Enlarges pictures to any size, block by block, in memory that doesn't grow with their length; "
+            "the result is the same as in one piece.",
+            inputs=[
+                io.Model.Input("model", tooltip="From 'Load Inf-DiT'."),
+                io.Image.Input(
+                    "image", tooltip="One or more pictures of any size; transparency is enlarged along with them."
+                ),
+                *target_inputs(),
+                io.Combo.Input(
+                    "preset",
+                    options=PRESETS,
+                    default="balanced",
+                    tooltip="Steps and starting noise as the weights define them; sigmas, where connected, replace it.",
+                ),
+                io.Int.Input("seed", tooltip="Another seed makes up other detail.", **SEED),
+                io.Int.Input(
+                    "tile",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    tooltip="Blocks at once along each side; 0 chooses by free memory. Changes memory and time, never "
+                    "the result.",
+                ),
+                io.Combo.Input(
+                    "colour",
+                    options=COLOURS,
+                    default="none",
+                    tooltip="Take from the input: wavelet the low frequencies, mean the mean and contrast of each "
+                    "channel. For networks that shift colours.",
+                ),
+                io.Sampler.Input(
+                    "sampler", optional=True, tooltip="Any SAMPLER instead of Heun, such as 'EDM Heun Sampler'."
+                ),
+                io.Sigmas.Input(
+                    "sigmas", optional=True, tooltip="Noise levels instead of the preset's, such as 'EDM Schedule'."
+                ),
+                Semantic.Input(
+                    "semantic", optional=True, tooltip="What is in the picture, as one vector for each picture."
+                ),
+            ],
+            outputs=[io.Image.Output(id="upscaled", display_name="image", tooltip="The enlarged pictures.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        image: Tensor,
+        preset: str,
+        seed: int,
+        tile: int,
+        colour: str,
+        sampler: Any = None,
+        sigmas: Tensor | None = None,
+        semantic: Tensor | None = None,
+        **target: Any,
+    ) -> io.NodeOutput:
+        host.network_of(model)
+        size = result_size(image, **target)
+        settings = {"preset": preset, "colour": colour, "sigmas": sigmas, "semantic": semantic}
+        return io.NodeOutput(host.upscale(model, image, size, seed=seed, sampler=sampler, tile=tile, **settings))

@@ -1,0 +1,316 @@
+"""What the network is asked in training, in numbers: noise levels, weights, what is replaced, what it is told."""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from infdit_core.diffusion import preconditioning
+from infdit_core.infdit import InfDiT, InfDiTConfig
+from infdit_core.infdit.config import Preconditioning
+from infdit_core.training.config import LossConfig
+from infdit_core.training.data import Batch
+from infdit_core.training.losses import LossMeter, loss_at, training_loss
+
+MakeModel = Callable[..., InfDiT]
+CloseTo = Callable[..., None]
+
+NETWORK = InfDiTConfig(sigma_data=0.5)
+PLAIN = LossConfig(lr_dropout=0.0)
+COUNT = 4000
+
+
+class Recorder:
+    """In place of InfDiT.denoise: keeps what it was asked, answers zeros."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, Any] = {}
+
+    def __call__(self, noisy: Tensor, sigma: Tensor, low_res: Tensor, **others: Any) -> Tensor:
+        self.asked = {"noisy": noisy, "sigma": sigma, "low_res": low_res} | others
+        return torch.zeros_like(noisy)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    original, upsampled = (torch.rand(COUNT, 3, 4, 4, generator=generator) * 2 - 1 for _ in range(2))
+    return Batch(original, torch.rand(COUNT, 3, 1, 1, generator=generator) * 2 - 1, upsampled)
+
+
+def ask(
+    batch: Batch, config: LossConfig = PLAIN, network: InfDiTConfig = NETWORK, seed: int = 0
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Losses, noise levels, and what the network was asked."""
+    recorder = Recorder()
+    losses, sigma = training_loss(recorder, network, config, batch, torch.Generator().manual_seed(seed))
+    return losses, sigma, recorder.asked
+
+
+# --- noise
+
+
+def test_noise_levels_are_those_of_the_published_recipe(batch: Batch) -> None:
+    _, sigma, asked = ask(batch)
+    assert torch.equal(asked["sigma"], sigma)
+    assert sigma.log().mean().item() == pytest.approx(-1.0, abs=0.08)
+    assert sigma.log().std().item() == pytest.approx(1.4, abs=0.06)
+
+
+def test_noise_levels_follow_the_settings(batch: Batch) -> None:
+    _, sigma, _ = ask(batch, replace(PLAIN, sigma_log_mean=-2.4, sigma_log_deviation=0.3))
+    assert sigma.log().mean().item() == pytest.approx(-2.4, abs=0.02)
+    assert sigma.log().std().item() == pytest.approx(0.3, abs=0.02)
+
+
+def test_noise_levels_stay_in_the_networks_range(batch: Batch) -> None:
+    _, sigma, _ = ask(batch, network=replace(NETWORK, sigma_min=0.2, sigma_max=0.6))
+    assert sigma.min().item() == pytest.approx(0.2)
+    assert sigma.max().item() == pytest.approx(0.6)
+
+
+def test_noise_has_the_deviation_that_the_network_is_told(batch: Batch) -> None:
+    _, sigma, asked = ask(batch)
+    noise = (asked["noisy"] - batch.original) / sigma[:, None, None, None]
+    assert noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+    small = noise[sigma < sigma.median()].std().item()
+    assert small == pytest.approx(1, abs=0.02)
+
+
+def test_low_resolution_reaches_the_network_as_it_is(batch: Batch) -> None:
+    _, _, asked = ask(batch)
+    assert torch.equal(asked["low_res"], batch.low_res)
+    assert torch.equal(asked["upsampled"], batch.upsampled)
+
+
+def test_everything_random_comes_from_the_generator(batch: Batch) -> None:
+    state = torch.get_rng_state()
+    config = replace(PLAIN, lr_dropout=0.3, regression=0.3)
+    (first, _, asked), (again, _, asked_again), (other, *_) = (ask(batch, config, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert asked["offset"] == asked_again["offset"]
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [
+        ("edm", lambda s: (s**2 + 0.25) / (s * 0.5) ** 2),
+        ("unit", lambda s: s**0),
+        ("v", lambda s: 1 + s**-2),
+        ("epsilon", lambda s: s**-2),
+    ],
+)
+@pytest.mark.parametrize("power", [1, 2])
+def test_an_error_weighs_as_configured(batch: Batch, kind: Any, weight: Callable[[Tensor], Tensor], power: int) -> None:
+    losses, sigma, _ = ask(batch, replace(PLAIN, weight=kind, power=power))
+    expected = weight(sigma) * batch.original.abs().pow(power).mean((1, 2, 3))  # the recorder answered zeros
+    torch.testing.assert_close(losses, expected)
+
+
+# --- what is replaced
+
+
+def test_regression_samples_get_the_upsampled_picture_and_the_largest_sigma(batch: Batch) -> None:
+    network = replace(NETWORK, parametrisation="residual", sigma_max=2.0)
+    low = replace(PLAIN, sigma_log_mean=-3.0, sigma_log_deviation=0.5)  # no other sample comes near sigma_max
+    losses, sigma, asked = ask(batch, replace(low, regression=0.25), network)
+    chosen = sigma == 2.0
+    assert chosen.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(asked["noisy"][chosen], batch.upsampled[chosen])
+    assert not (asked["noisy"][~chosen] == batch.upsampled[~chosen]).any()
+    weight = (4 + 0.25) / (2 * 0.5) ** 2
+    torch.testing.assert_close(losses[chosen], weight * batch.original[chosen].square().mean((1, 2, 3)))
+    assert not (ask(batch, low, network)[1] == 2.0).any()
+
+
+def test_lr_dropout_replaces_both_low_resolutions_by_clamped_noise(batch: Batch) -> None:
+    _, _, asked = ask(batch, replace(PLAIN, lr_dropout=0.3))
+    replaced = (asked["low_res"] != batch.low_res).flatten(1).all(1)
+    assert replaced.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal((asked["upsampled"] != batch.upsampled).flatten(1).any(1), replaced)
+    assert torch.equal(asked["low_res"][~replaced], batch.low_res[~replaced])
+    for noise in (asked["low_res"][replaced], asked["upsampled"][replaced]):
+        assert noise.abs().max() == 1
+        # Standard normal, clamped: 32 % lie on the bounds.
+        assert (noise.abs() == 1).float().mean().item() == pytest.approx(0.317, abs=0.03)
+        assert noise.mean().item() == pytest.approx(0, abs=0.05)
+
+
+def test_lr_dropout_keeps_the_noise_levels(batch: Batch) -> None:
+    _, without, asked_without = ask(batch)
+    _, sigma, asked = ask(batch, replace(PLAIN, lr_dropout=0.5))
+    assert torch.equal(sigma, without)
+    assert torch.equal(asked["noisy"], asked_without["noisy"])
+
+
+# --- positions and direction
+
+
+def test_offsets_are_drawn_apart_up_to_seven_crops() -> None:
+    small = Batch(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 16, 16))
+    network = replace(NETWORK, rope_side=8 * 4)  # 8 crops of 4 patches
+    offsets = [ask(small, network=network, seed=seed)[2]["offset"] for seed in range(600)]
+    for axis in (0, 1):
+        assert {offset[axis] for offset in offsets} == set(range(7 * 4 + 1))
+    assert len({row - column for row, column in offsets}) > 40
+
+
+@pytest.mark.parametrize("direction", ["lt", "rb"])
+def test_the_direction_reaches_the_network(batch: Batch, direction: Any) -> None:
+    assert ask(batch, replace(PLAIN, direction=direction))[2]["direction"] == direction
+
+
+def test_directions_are_trained_apart(tiny_model: MakeModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.rand(1, 3, side, side, generator=generator) for side in (32, 8, 32)]
+    crop, sigma = Batch(*draw), torch.tensor([0.4])
+    model = tiny_model()
+    lt, rb = (
+        loss_at(model.denoise, model.config, replace(PLAIN, direction=direction), crop, sigma, crop.original)
+        for direction in ("lt", "rb")
+    )
+    assert abs(lt.item() / rb.item() - 1) > 1e-4
+
+
+# --- the meter
+
+
+def test_losses_are_told_apart_by_noise_level() -> None:
+    config = LossConfig(sigma_log_mean=math.log(0.1), sigma_log_deviation=math.log(10) / 0.6745)
+    meter = LossMeter(config, sigma_max=2.0, device=torch.device("cpu"))  # edges 0.01, 0.1, 1
+    meter.add(torch.tensor([1.0, 3.0, 10.0]), torch.tensor([0.005, 0.009, 0.05]))
+    meter.add(torch.tensor([20.0, 30.0, 50.0]), torch.tensor([0.5, 1.5, 2.0]))
+    means = meter.means(meter.sums)
+    assert means == {
+        "loss": pytest.approx(19.0),
+        "loss_below_0.01": pytest.approx(2.0),
+        "loss_0.01_0.1": pytest.approx(10.0),
+        "loss_0.1_1": pytest.approx(20.0),
+        "loss_above_1": pytest.approx(30.0),
+        "loss_mean": pytest.approx(50.0),
+    }
+    meter.sums.zero_()
+    meter.add(torch.tensor([4.0]), torch.tensor([0.05]))
+    means = meter.means(meter.sums)
+    assert means["loss"] == means["loss_0.01_0.1"] == 4
+    assert math.isnan(means["loss_below_0.01"])
+
+
+def test_levels_of_the_meter_hold_a_quarter_each(batch: Batch) -> None:
+    losses, sigma, _ = ask(batch)
+    meter = LossMeter(PLAIN, sigma_max=NETWORK.sigma_max, device=torch.device("cpu"))
+    meter.add(losses, sigma)
+    assert (meter.sums[1, :4] / COUNT).tolist() == pytest.approx([0.25] * 4, abs=0.03)
+    assert meter.sums[0].sum().item() == pytest.approx(losses.sum().item(), rel=1e-4)
+
+
+def test_the_meter_keeps_no_graph() -> None:
+    meter = LossMeter(PLAIN, sigma_max=2.0, device=torch.device("cpu"))
+    meter.add(torch.ones(2, requires_grad=True) * 2, torch.tensor([0.1, 0.2]))
+    assert not meter.sums.requires_grad
+
+
+# --- preconditionings
+
+SIGMAS = torch.tensor([0.002, 0.1, 0.7, 1.0, 5.0, 40.0])
+
+
+def test_v_is_what_generative_models_calls_v_scaling(assert_close: CloseTo) -> None:
+    total = SIGMAS**2 + 1
+    expected = (1 / total, -SIGMAS / total.sqrt(), 1 / total.sqrt(), 0.25 * SIGMAS.log())  # told EDM's c_noise
+    for found, value in zip(preconditioning.v(SIGMAS, 1.0), expected, strict=True):
+        assert_close(found, value, 1e-6)
+
+
+def test_epsilon_is_what_generative_models_calls_eps_scaling(assert_close: CloseTo) -> None:
+    expected = (torch.ones(6), -SIGMAS, 1 / (SIGMAS**2 + 1).sqrt(), SIGMAS)
+    for found, value in zip(preconditioning.epsilon(SIGMAS, 1.0), expected, strict=True):
+        assert_close(found, value, 1e-6)
+
+
+def test_a_perfect_answer_gives_back_the_picture(assert_close: CloseTo) -> None:
+    generator = torch.Generator().manual_seed(0)
+    picture, noise = (torch.randn(6, 50, generator=generator, dtype=torch.float64) for _ in range(2))
+    sigma = SIGMAS.double()[:, None]
+    noisy = picture + sigma * noise
+    alpha, spread = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+    answers = {"v": alpha * noise - spread * picture, "epsilon": noise}  # arXiv 2202.00512, appendix D; DDPM
+    for name, answer in answers.items():
+        c_skip, c_out, _, _ = preconditioning.PRECONDITIONINGS[name](sigma, 1.0)
+        assert_close(c_skip * noisy + c_out * answer, picture, 1e-10)
+
+
+def test_every_preconditioning_gives_the_network_unit_variance() -> None:
+    for name, deviation in itertools.product(("edm", "v", "epsilon"), (0.1, 0.5, 1.0)):
+        c_in = preconditioning.PRECONDITIONINGS[name](SIGMAS, deviation)[2]
+        torch.testing.assert_close(c_in**2 * (SIGMAS**2 + deviation**2), torch.ones(6))
+
+
+def test_no_preconditioning_is_told_less_than_the_smallest_noise() -> None:
+    floor = torch.tensor([preconditioning.SIGMA_FLOOR])
+    for function in preconditioning.PRECONDITIONINGS.values():
+        assert function(torch.zeros(1), 0.5) == function(floor, 0.5)
+
+
+def with_preconditioning(model: InfDiT, name: Preconditioning) -> InfDiT:
+    other = copy.deepcopy(model)
+    other.config = replace(model.config, preconditioning=name)
+    return other
+
+
+@pytest.mark.parametrize("parametrisation", ["picture", "residual"])
+def test_v_denoises_as_edm_with_the_answer_negated(tiny_model: MakeModel, parametrisation: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    noisy, low_res = (torch.rand(2, 3, side, side, generator=generator) * 2 - 1 for side in (32, 8))
+    sigma = torch.tensor([0.05, 1.3])
+    edm = tiny_model(parametrisation=parametrisation)
+    v = with_preconditioning(edm, "v")
+    assert not torch.allclose(v.denoise(noisy, sigma, low_res), edm.denoise(noisy, sigma, low_res), atol=0.01)
+    with torch.no_grad():
+        v.final.weight.neg_()
+        v.final.bias.neg_()
+    assert torch.equal(v.denoise(noisy, sigma, low_res), edm.denoise(noisy, sigma, low_res))
+
+
+def test_epsilon_starts_from_the_noisy_picture_and_takes_noise_away(tiny_model: MakeModel) -> None:
+    generator = torch.Generator().manual_seed(4)
+    noisy, low_res = (torch.rand(1, 3, side, side, generator=generator) * 2 - 1 for side in (32, 8))
+    model = with_preconditioning(tiny_model(), "epsilon")
+    with torch.no_grad():
+        model.final.weight.zero_()
+        model.final.bias.fill_(0.5)  # the noise that it sees
+    torch.testing.assert_close(model.denoise(noisy, 0.2, low_res), noisy - 0.2 * 0.5)
+
+
+# --- memory
+
+
+def test_recomputed_activations_give_the_same_gradients(tiny_model: MakeModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    crop = Batch(*(torch.rand(2, 3, side, side, generator=generator) * 2 - 1 for side in (32, 8, 32)))
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        model = tiny_model().requires_grad_(True)
+        model.checkpointing = checkpointing
+        count = itertools.count(1)
+        model.layers[1].register_forward_pre_hook(lambda *_, count=count: calls.append(next(count)))
+        config = replace(PLAIN, lr_dropout=0.5)
+        losses, _ = training_loss(model.denoise, model.config, config, crop, torch.Generator().manual_seed(1))
+        losses.mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert calls == [1, 1, 2]  # once more in the backward pass
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
