@@ -126,6 +126,28 @@ def test_a_shard_gives_the_crops_of_its_files(photographs: Path, pictures: list[
         assert torch.equal(drawn(found, range(12)), drawn(pictures, range(12)))
 
 
+def test_headers_of_a_shard_are_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 300, 3), dtype=np.uint8))
+    files = [tmp_path / f"noise.{kind}" for kind in ("png", "jpg", "webp", "tiff")]
+    for file in files:
+        noise.save(file)
+    save_shard(tmp_path / "formats.tar", files)
+    read: list[tuple[str, int]] = []
+    real = PictureFile.read
+
+    def counting(picture: PictureFile, most: int | None = None) -> bytes:
+        content = real(picture, most)
+        read.append((Path(picture.name).suffix, len(content)))
+        return content
+
+    monkeypatch.setattr(PictureFile, "read", counting)
+    found, skipped = find_pictures([str(tmp_path / "formats.tar")], SIDE)
+    assert (len(found), skipped) == (4, [])  # WebP and TIFF are read whole where their start is not enough
+    assert [size for suffix, size in read if suffix == ".png"] == [2**16]
+    monkeypatch.undo()
+    assert decodable(found) == (found, [])
+
+
 def test_a_shard_cut_short_keeps_its_whole_pictures_and_names_the_loss(photographs: Path, tmp_path: Path) -> None:
     files = sorted(photographs.iterdir())
     save_shard(tmp_path / "whole.tar", files)

@@ -101,14 +101,14 @@ class TrainConfig:
         needed = {"out=FOLDER": self.out, "data.train=[FOLDER]": self.data.train}
         if missing := [setting for setting, value in needed.items() if not value]:
             raise ValueError(f"say {' and '.join(missing)}")
-        counts = {key: getattr(self, key) for key in ("steps", "batch", "accumulate", "keep")}
+        counts: dict[str, float] = {key: getattr(self, key) for key in ("steps", "batch", "accumulate", "keep")}
         counts |= {key: getattr(self, key) for key in ("log_every", "validate_every", "save_every")}
         counts |= {f"data.{key}": getattr(self.data, key) for key in ("held", "crop", "candidates")}
         counts |= {"optimizer.learning_rate": self.optimizer.learning_rate, "optimizer.clip": self.optimizer.clip}
         for key, value in counts.items():
             if not value > 0:
                 raise ValueError(f"{key}={value}: it must be above 0")
-        amounts = {"seed": self.seed, "pictures": self.pictures, "lora.rank": self.lora.rank}
+        amounts: dict[str, float] = {"seed": self.seed, "pictures": self.pictures, "lora.rank": self.lora.rank}
         amounts |= {f"data.{key}": getattr(self.data, key) for key in ("workers", "cache")}
         amounts |= {f"optimizer.{key}": getattr(self.optimizer, key) for key in ("weight_decay", "warmup")}
         amounts["loss.sigma_log_deviation"] = self.loss.sigma_log_deviation

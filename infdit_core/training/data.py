@@ -41,10 +41,11 @@ class PictureFile(NamedTuple):
     start: int = 0  # in bytes
     length: int = -1  # -1: to the end
 
-    def read(self) -> bytes:
+    def read(self, most: int | None = None) -> bytes:
+        """Its bytes, or the first so many of them."""
         with self.path.open("rb") as file:
             file.seek(self.start)
-            return file.read(self.length)
+            return file.read(self.length if most is None or 0 <= self.length < most else most)
 
 
 class Skipped(NamedTuple):
@@ -112,8 +113,15 @@ def _shard(path: Path) -> tuple[list[PictureFile], list[Skipped]]:
 
 def _fault(picture: PictureFile, least: int) -> str:
     """Why a picture can't be used, as far as its header tells; empty if it can."""
+    if picture.length < 0:
+        return _fault_of(picture.path, least)
+    # In most formats a header stands at the start: a shard isn't read as a whole for the sake of its headers.
+    return _fault_of(io.BytesIO(picture.read(2**16)), least) and _fault_of(io.BytesIO(picture.read()), least)
+
+
+def _fault_of(file: Path | io.BytesIO, least: int) -> str:
     try:
-        with Image.open(picture.path if picture.length < 0 else io.BytesIO(picture.read())) as image:
+        with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
                 return f"its pixels are of mode {image.mode}, not 8 bits a channel"
             if min(image.size) < least:
