@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from infdit_core import cli, load_infdit
 from infdit_core import train as entry
-from infdit_core.infdit import InfDiTConfig
 from infdit_core.infdit.keys import key_table
 from infdit_core.infdit.lora import apply_lora, open_lora
 from infdit_core.training import checkpoints, loop
@@ -171,7 +170,10 @@ loop._step = wrapped
 train.main(sys.argv[1:])
 """
     arguments = [*tiny, f"out={tmp_path}"]
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, check=False)
+    # One thread, as in this process: sums in another order differ in their last bits.
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *arguments]
+    killed = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert steps_in(tmp_path) == [8, 10]
     assert [row["step"] for row in rows(tmp_path / "log.csv")] == ["4", "8", "12"]  # the last one comes again
@@ -216,7 +218,7 @@ def test_a_finished_run_is_left_as_it_is(tiny: list[str], tmp_path: Path) -> Non
 
 
 def test_seeds_give_different_runs(tiny: list[str], tmp_path: Path) -> None:
-    for seed in (0, 0, 1):
+    for seed in (0, 1):
         train(*tiny, *PLAIN, f"out={tmp_path / str(seed)}", "steps=2", f"seed={seed}")
     first, other = (weights(tmp_path / str(seed) / "weights.safetensors") for seed in (0, 1))
     assert not all(torch.equal(value, other[name]) for name, value in first.items())
@@ -904,7 +906,3 @@ def test_debug_stops_in_the_debugger_on_the_first_process(monkeypatch: pytest.Mo
             entry.main([*arguments, *(["--debug"] if debug else [])])
         assert len(stops) == expected
     assert stops == [ZeroDivisionError]
-
-
-def test_defaults_name_the_published_network() -> None:
-    assert TrainConfig().network == InfDiTConfig()

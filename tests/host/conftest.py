@@ -148,8 +148,15 @@ class Server:
         except urllib.error.HTTPError as error:
             raise Refused(error.read().decode()) from None
 
-    def run(self, prompt: dict[str, Any], *, interrupt_after_previews: int | None = None, timeout: float = 300) -> Run:
-        """Queue an API-format prompt and follow it to its end."""
+    def run(
+        self,
+        prompt: dict[str, Any],
+        *,
+        interrupt_after_previews: int | None = None,
+        interrupt_after: float | None = None,
+        timeout: float = 300,
+    ) -> Run:
+        """Queue an API-format prompt and follow it to its end, or interrupt it after previews or seconds."""
         websocket = pytest.importorskip("websocket", reason="the tests of the server need websocket-client")
         client = uuid.uuid4().hex
         socket_ = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=timeout)
@@ -159,14 +166,21 @@ class Server:
         try:
             started = time.monotonic()
             prompt_id = self.post("/prompt", {"prompt": prompt, "client_id": client})["prompt_id"]
+
+            def interrupt() -> None:
+                times["interrupt"] = time.monotonic() - started
+                self.post("/interrupt", {})
+
+            if interrupt_after is not None:
+                time.sleep(interrupt_after)
+                interrupt()
             while True:
                 message = socket_.recv()
                 if isinstance(message, bytes):
                     kind, second = struct.unpack(">II", message[:8])
                     previews.append(message[8:] if kind == 1 else message[8 + second :])  # 4: with metadata
                     if len(previews) == interrupt_after_previews:
-                        times["interrupt"] = time.monotonic() - started
-                        self.post("/interrupt", {})
+                        interrupt()
                     continue
                 event = json.loads(message)
                 events.append(event)

@@ -79,9 +79,9 @@ def one_node_gives_what_the_library_gives(h: Any) -> None:
 
 @check
 def tiled_gives_the_same_for_every_tile(h: Any) -> None:
-    image = picture(20, 37, batch=2)
+    image = picture(9, 20, batch=2)
     expected = h.core.upscale(image, scale=4.0, seed=3)
-    for tile in (0, 1, 2, 50):
+    for tile in (0, 1, 50):
         close(h.run("InfDiTUpscaleTiled", model=h.default(), image=image, **TILED | {"tile": tile}), expected)
 
 
@@ -99,7 +99,7 @@ def targets(h: Any) -> None:
         settings = TILED | target | {"preset": "faithful"}
         found = h.run("InfDiTUpscaleTiled", model=h.default(), image=image, **settings)
         assert found.shape[1:3] == size, (target, found.shape)
-        conditioning, latent = h.run_all("InfDiTConditioning", model=h.default(), image=image, **TARGET | target)
+        latent = h.run_all("InfDiTConditioning", model=h.default(), image=image, **TARGET | target)[1]
         assert h.run("InfDiTToImage", samples=latent).shape[1:3] == size, target
 
 
@@ -224,7 +224,7 @@ def precisions(h: Any) -> None:
 
 @check
 def out_of_memory_lowers_the_tile(h: Any) -> None:
-    image = picture(40, 40)
+    image = picture(20, 20)
     expected = h.run("InfDiTUpscaleTiled", model=h.default(), image=image, **TILED)
     original, tiles = h.InfDiT.denoise, []
 
@@ -291,7 +291,9 @@ def progress_grows_and_shows_the_picture(h: Any) -> None:
     seen: list[tuple[float, float, Any]] = []
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((value, total, preview)))
     try:
-        h.run("InfDiTUpscaleTiled", model=h.default(), image=picture(40, 300), **TILED | {"tile": 1})
+        h.run(
+            "InfDiTUpscaleTiled", model=h.default(), image=picture(20, 150), **TILED | {"preset": "faithful", "tile": 1}
+        )
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     values = [value for value, _, _ in seen]
@@ -310,7 +312,7 @@ def nothing_is_left_behind(h: Any) -> None:
         return sum(isinstance(o, h.torch.Tensor) and o.numel() > 50_000 for o in gc.get_objects())
 
     before, state = large(), h.torch.get_rng_state()
-    h.run("InfDiTUpscaleTiled", model=model, image=picture(40, 40), **TILED | {"tile": 1})
+    h.run("InfDiTUpscaleTiled", model=model, image=picture(36, 36), **TILED | {"preset": "faithful", "tile": 1})
     assert large() <= before
     assert h.torch.equal(h.torch.get_rng_state(), state)
 
@@ -360,9 +362,6 @@ def a_file_that_changes_is_loaded_again(h: Any) -> None:
 
 @check
 def bad_inputs_get_a_sentence(h: Any) -> None:
-    import comfy.model_base
-    import comfy.supported_models_base
-
     good, model = picture(8, 8), h.default()
     for node in ("InfDiTUpscaleTiled", "InfDiTConditioning"):
         settings = TILED if node == "InfDiTUpscaleTiled" else TARGET
@@ -431,12 +430,15 @@ class Helper:
 
     def __init__(self, pack: Path, folder: Path) -> None:
         import folder_paths
-        import nodes
         import torch
+
+        import nodes
 
         self.torch, self.folder = torch, folder
         folder_paths.models_dir = str(folder / "models")
         self.infdit = folder / "models" / "infdit"
+        import comfy_config.config_parser  # noqa: F401  # the host needs it for the first pack, whichever that is
+
         started = time.monotonic()
         loaded = asyncio.run(nodes.load_custom_node(str(pack)))
         self.seconds = time.monotonic() - started
@@ -463,7 +465,7 @@ class Helper:
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.normal_(std=max(0.1, parameter[0].numel() ** -0.5), generator=generator)
-            for name, module in network.named_modules():
+            for module in network.modules():
                 if isinstance(module, torch.nn.LayerNorm):
                     module.weight.add_(1)
         infdit.save_infdit(self.infdit / "picture.safetensors", network, torch.float32)

@@ -41,4 +41,4 @@ def test_inside(outcome: dict[str, Any], name: str) -> None:
 
 def test_the_pack_loads_quickly(outcome: dict[str, Any]) -> None:
     """Beyond torch, which the host has loaded before."""
-    assert outcome["import_seconds"] < 0.6, "0.3 s on an idle machine"
+    assert outcome["import_seconds"] < 0.3
