@@ -94,7 +94,7 @@ class Server:
         for folder in ("custom_nodes", "input", "output", "user", "models/infdit", "models/checkpoints"):
             (base / folder).mkdir(parents=True)
         (base / "custom_nodes" / "inf-dit").symlink_to(PACK)
-        shutil.copy(Path(__file__).parent / "faults.py", base / "custom_nodes" / "zz_faults.py")
+        shutil.copy(Path(__file__).parent / "faults.py", base / "custom_nodes" / "faults.py")
         shutil.copy(PACK / "examples" / "osprey.png", base / "input")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -108,7 +108,7 @@ class Server:
             self.process = subprocess.Popen(
                 [host.python, "main.py", *arguments],
                 cwd=host.path,
-                env=environment() | {"INFDIT_FAULTS": str(base / "fault")},
+                env=environment(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

@@ -1,26 +1,36 @@
-"""A custom node file for the host under test: makes the upscaler fail on demand. It brings no nodes.
+"""A custom node file for the host under test: a node that makes the upscaler run out of memory."""
 
-The file named by INFDIT_FAULTS, while it exists, holds the largest tile in blocks that there is "memory" for.
-"""
-
-import os
+import math
 import sys
-from pathlib import Path
 
 import torch
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {}
 
-(network,) = (m for name, m in list(sys.modules.items()) if name.endswith("inf-dit.infdit_core.infdit.model"))
-original = network.InfDiT.denoise
+class OutOfMemory:
+    """Passes an image through; from then on there is "memory" for tiles of so many blocks, -1 for any."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "testing", "execute", ("IMAGE",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"image": ("IMAGE",), "blocks": ("INT", {"min": -1})}}
+
+    @classmethod
+    def IS_CHANGED(cls, image, blocks):
+        return math.nan  # never taken from the cache
+
+    def execute(self, image, blocks):
+        (module,) = (m for name, m in sys.modules.items() if name.endswith("inf-dit.infdit_core.infdit.model"))
+        original = getattr(module.InfDiT.denoise, "original", module.InfDiT.denoise)
+
+        def denoise(network, *arguments, tile=None, **options):
+            if tile[0] * tile[1] > blocks:
+                raise torch.OutOfMemoryError("injected")
+            return original(network, *arguments, tile=tile, **options)
+
+        denoise.original = original
+        module.InfDiT.denoise = original if blocks < 0 else denoise
+        return (image,)
 
 
-def denoise(self, noisy, sigma, low_res, *, tile=None, **options):
-    """The network's, short of memory."""
-    fault = Path(os.environ["INFDIT_FAULTS"])
-    if fault.exists() and tile[0] * tile[1] > int(fault.read_text()):
-        raise torch.OutOfMemoryError("injected")
-    return original(self, noisy, sigma, low_res, tile=tile, **options)
-
-
-network.InfDiT.denoise = denoise
+NODE_CLASS_MAPPINGS = {"OutOfMemory": OutOfMemory}
