@@ -330,6 +330,21 @@ def test_the_picture_is_still_there(photograph: Tensor) -> None:
         assert psnr(found.roll(-1, axis), reduced) < best - 2
 
 
+def test_softness(photograph: Tensor) -> None:
+    """Less of it leaves more detail, and as much noise and JPEG."""
+    x = photograph[..., :128, :128]
+
+    def mean(softness: float) -> Tensor:
+        return torch.cat([degrade(x, 4, generator(seed), softness) for seed in range(40)]).mean(0)
+
+    sharp, soft, reduced = mean(0.0), mean(1.0), torch.nn.functional.interpolate(x, (32, 32), mode="area")[0]
+    detail, lost, kept = (t.diff().abs().mean() for t in (reduced, soft, sharp))
+    assert lost < 0.6 * detail
+    assert 0.85 * detail < kept
+    noisy = [degrade(torch.full_like(x, 0.5), 4, generator(seed), 0.0).std() for seed in range(8)]
+    assert min(noisy) > 1 / 255
+
+
 def test_same_seed_same_picture(photograph: Tensor) -> None:
     x = photograph[..., :64, :80].repeat(3, 1, 1, 1)
     kept, state = x.clone(), torch.get_rng_state()

@@ -321,7 +321,7 @@ def test_nothing_but_damaged_pictures_is_an_error(photographs: Path, tmp_path: P
 
 
 def reduced(crops: Tensor, degraded: list[bool], margin: int = 0, seed: int = 0) -> data.Batch:
-    return reduce(crops, 4, margin, torch.tensor(degraded), torch.Generator().manual_seed(seed))
+    return reduce(crops, 4, margin, torch.tensor(degraded), 1.0, torch.Generator().manual_seed(seed))
 
 
 def test_clean_low_resolution_is_pillows(pictures: list[PictureFile]) -> None:

@@ -1,5 +1,5 @@
 """How pictures go bad."""
 
-from .synthesis import degrade
+from .synthesis import degrade, smallest_side
 
-__all__ = ["degrade"]
+__all__ = ["degrade", "smallest_side"]

@@ -5,7 +5,7 @@ resolution. Every sample of a batch draws its own kernels, noise and JPEG qualit
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,13 @@ class Stage:
     reduce: tuple[float, float]  # probability, smallest factor
     gaussian: tuple[float, float]  # deviation of Gaussian noise in levels of 255
     poisson: tuple[float, float]  # scale of Poisson noise
+
+    def softened(self, share: float) -> "Stage":
+        """The widest blur and the smallest size that far, 0 to 1, on the way from none to these."""
+        (narrow, wide), (reduced, smallest) = self.sigma, self.reduce
+        return replace(
+            self, sigma=(narrow, narrow + share * (wide - narrow)), reduce=(reduced, 1 - share * (1 - smallest))
+        )
 
 
 FIRST = Stage(1.0, (0.2, 3.0), enlarge=(0.2, 1.5), reduce=(0.7, 0.3), gaussian=(1.0, 15.0), poisson=(0.05, 2.0))
@@ -55,12 +62,13 @@ FAMILIES = (
 
 
 @torch.no_grad()
-def degrade(x: Tensor, scale: int, generator: torch.Generator) -> Tensor:
+def degrade(x: Tensor, scale: int, generator: torch.Generator, softness: float = 1.0) -> Tensor:
     """(B, 3, H, W) fp32 RGB in 0..1 -> (B, 3, H / scale, W / scale) in 0..1, rounded to 8 bit.
 
-    H and W are multiples of scale, and of at least 11 max(scale, 10 / 3) pixels: reflection needs them. `generator` is
-    on the device of x; equal ones give equal pictures. Choices that change shapes (the resizes and the order of the
+    H and W are multiples of scale, at least `smallest_side(scale)`. `generator` is on the device of x; equal ones give equal pictures. Choices that change shapes (the resizes and the order of the
     last steps) are drawn once for the batch, as published practice does; all others for every sample.
+    softness: how far blur, loss of size and the last sinc filter go, 1 as published, 0 hardly at all. A network that
+    undoes the published ones also sharpens what a lens left out of focus. Noise and JPEG are the same.
     Raises ValueError for other shapes.
     """
     _check(x, scale)
@@ -69,13 +77,13 @@ def degrade(x: Tensor, scale: int, generator: torch.Generator) -> Tensor:
     seed = torch.randint(2**62, (), generator=generator, device=x.device).item()
     dice = torch.Generator().manual_seed(int(seed))
 
-    x = _stage(x, FIRST, (x.shape[2], x.shape[3]), generator, dice)
+    x = _stage(x, FIRST.softened(softness), (x.shape[2], x.shape[3]), generator, dice)
     x = jpeg(x, _uniform(*FIRST_QUALITY, len(x), dice))
-    x = _stage(x, SECOND, (height, width), generator, dice)
+    x = _stage(x, SECOND.softened(softness), (height, width), generator, dice)
 
     quality = _uniform(*LAST_QUALITY, len(x), dice)
     cutoff = _uniform(math.pi / 3, math.pi, len(x), dice)
-    kernels = _some(LAST_SINC, normalised(sinc(cutoff), _kernel_sizes(len(x), dice)), dice)
+    kernels = _some(LAST_SINC * softness, normalised(sinc(cutoff), _kernel_sizes(len(x), dice)), dice)
     if _chance(0.5, 1, dice).item():
         x = jpeg(blur(_resize(x, (height, width), dice), kernels), quality)
     else:
@@ -83,12 +91,17 @@ def degrade(x: Tensor, scale: int, generator: torch.Generator) -> Tensor:
     return (x.clamp(0, 1) * 255).round() / 255
 
 
+def smallest_side(scale: int) -> int:
+    """Pixels that a side needs at least: where it is smallest, the widest kernel reflects a radius of it."""
+    return math.ceil((RADIUS + 1) * max(scale, 1 / FIRST.reduce[1]))
+
+
 def _check(x: Tensor, scale: int) -> None:
     if x.ndim != 4 or x.shape[1] != 3:
         raise ValueError(f"degrade takes (B, 3, H, W), not {tuple(x.shape)}")
     if x.shape[2] % scale or x.shape[3] % scale:
         raise ValueError(f"sides must be multiples of the scale {scale}, not {x.shape[3]} x {x.shape[2]}")
-    least = math.ceil((RADIUS + 1) * max(scale, 1 / FIRST.reduce[1]))
+    least = smallest_side(scale)
     if min(x.shape[2:]) < least:
         raise ValueError(f"sides must be of at least {least} pixels at scale {scale}, not {x.shape[3]} x {x.shape[2]}")
 

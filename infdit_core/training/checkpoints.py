@@ -7,6 +7,7 @@ checkpoints/step-00001000/score.json where it was validated: its loss
 
 import contextlib
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -88,9 +89,9 @@ def _cause(error: BaseException) -> str:
 
 
 def best(folder: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss."""
+    """The checkpoint with the lowest validation loss; one that isn't a number counts as the highest."""
     scores = {path.parent: json.loads(path.read_text())["loss"] for path in folder.glob(f"step-*/{_SCORE}")}
-    return min(scores, key=lambda path: (scores[path], path), default=None)
+    return min(scores, key=lambda path: (math.isnan(scores[path]), scores[path], path), default=None)
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -261,17 +261,19 @@ class Batch(NamedTuple):
     upsampled: Tensor  # (B, 3, S, S)
 
 
-def reduce(crops: Tensor, scale: int, margin: int, degraded: Tensor, generator: torch.Generator) -> Batch:
+def reduce(
+    crops: Tensor, scale: int, margin: int, degraded: Tensor, softness: float, generator: torch.Generator
+) -> Batch:
     """Make the low resolution of (B, 3, side, side) uint8 crops and enlarge it bicubically.
 
     margin: pixels around the original that only the low resolution shows. degraded: (B,) bool, by Real-ESRGAN's
-    second-order degradation; the others by Pillow's bicubic. Low resolutions are rounded to 8 bits, as files are.
+    second-order degradation of that softness; the others by Pillow's bicubic. Low resolutions are rounded to 8 bits, as files are.
     """
     x = crops.float() / 255
     side = x.shape[2]
     low_res = (resize(x, (side // scale, side // scale)).clamp(0, 1) * 255).round() / 255
     if degraded.any():
-        low_res[degraded] = degrade(x[degraded], scale, generator)
+        low_res[degraded] = degrade(x[degraded], scale, generator, softness)
     upsampled = resize(low_res * 2 - 1, (side, side)).clamp(-1, 1)
     inner = slice(margin, side - margin)
     return Batch(x[:, :, inner, inner] * 2 - 1, low_res * 2 - 1, upsampled[:, :, inner, inner])

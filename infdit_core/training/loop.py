@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..bench import matmul_rate
+from ..degradation import smallest_side
 from ..infdit.checkpoint import load_infdit, save_infdit
 from ..infdit.config import InfDiTConfig
 from ..infdit.lora import add_lora, merged_state, save_lora
@@ -262,6 +263,7 @@ def _settle(config: TrainConfig, out: Path, fabric: Fabric) -> None:
         if path.exists() and checkpoints.newest(out / "checkpoints"):
             changed = differences(parse([str(path)]), config)
             fixed = [key for key in changed if key.startswith(("network.", "lora.", "optimizer.kind"))]
+            fixed = [key for key in fixed if key != "network.presets"]
             if fixed:
                 said = ", ".join(f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in fixed)
                 raise TrainingError(f"the run in {out} trains another network: {said}. Say another out=FOLDER")
@@ -282,6 +284,12 @@ class _Pictures:
 def _pictures(config: TrainConfig, network: InfDiTConfig, out: Path, fabric: Fabric) -> _Pictures:
     data = config.data
     side = data.crop + (2 * network.block_size if data.surrounded else 0)
+    least = smallest_side(network.scale)
+    if data.degraded and (side if data.surrounded == 1 else data.crop) < least:
+        raise TrainingError(
+            f"data.crop={data.crop}: degraded low resolutions need crops of at least {least} pixels; give that, "
+            "or data.degraded=0"
+        )
     training, skipped = find_pictures(data.train, side)
     if data.validation:
         found, more = find_pictures(data.validation, side)
@@ -375,7 +383,7 @@ def _batches(
         if not around:
             here = here[:, :, margin : pictures.side - margin, margin : pictures.side - margin]
         degraded = torch.rand(len(here), generator=generator, device=here.device) < config.data.degraded
-        yield reduce(here, network.scale, around, degraded, generator), generator
+        yield reduce(here, network.scale, around, degraded, config.data.softness, generator), generator
 
 
 def _step(
