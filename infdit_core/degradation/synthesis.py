@@ -65,10 +65,11 @@ FAMILIES = (
 def degrade(x: Tensor, scale: int, generator: torch.Generator, softness: float = 1.0) -> Tensor:
     """(B, 3, H, W) fp32 RGB in 0..1 -> (B, 3, H / scale, W / scale) in 0..1, rounded to 8 bit.
 
-    H and W are multiples of scale, at least `smallest_side(scale)`. `generator` is on the device of x; equal ones give equal pictures. Choices that change shapes (the resizes and the order of the
-    last steps) are drawn once for the batch, as published practice does; all others for every sample.
-    softness: how far blur, loss of size and the last sinc filter go, 1 as published, 0 hardly at all. A network that
-    undoes the published ones also sharpens what a lens left out of focus. Noise and JPEG are the same.
+    H and W are multiples of scale, at least `smallest_side(scale)`. `generator` is on the device of x; equal ones give
+    equal pictures. Choices that change shapes (the resizes and the order of the last steps) are drawn once for the
+    batch, as published practice does; all others for every sample. softness: how far blur, loss of size and the last
+    sinc filter go, 1 as published, 0 hardly at all: a network that undoes the published ones also sharpens what a lens
+    left out of focus. Noise and JPEG are the same.
     Raises ValueError for other shapes.
     """
     _check(x, scale)

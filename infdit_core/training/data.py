@@ -267,7 +267,8 @@ def reduce(
     """Make the low resolution of (B, 3, side, side) uint8 crops and enlarge it bicubically.
 
     margin: pixels around the original that only the low resolution shows. degraded: (B,) bool, by Real-ESRGAN's
-    second-order degradation of that softness; the others by Pillow's bicubic. Low resolutions are rounded to 8 bits, as files are.
+    second-order degradation of that softness; the others by Pillow's bicubic. Low resolutions are rounded to 8 bits,
+    as files are.
     """
     x = crops.float() / 255
     side = x.shape[2]

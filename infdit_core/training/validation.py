@@ -41,9 +41,7 @@ def held_crops(
         crop = torch.from_numpy(Crops([picture], side, upright, seed=0)[0].pixels).permute(2, 0, 1)[None].to(device)
         generator = torch.Generator(device).manual_seed(number)
         batches = {
-            kind: reduce(
-                crop, scale, 0, torch.tensor([kind == "degraded"], device=device), config.softness, generator
-            )
+            kind: reduce(crop, scale, 0, torch.tensor([kind == "degraded"], device=device), config.softness, generator)
             for kind in kinds
         }
         held.append(Held(crop.float() / 255, batches))
