@@ -8,15 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import __version__, train
-from .images import READABLE, Picture, PictureError, check_writable, read_picture, write_picture
+from .images import READABLE, Picture, PictureError, check_writable, read_picture, resize, write_picture
+from .infdit import InfDiT
 from .infdit.checkpoint import convert, describe, load_infdit
 from .memory import out_of_memory, peak_memory, reset_peak_memory
+from .semantics import VIEWS, download_clip, load_clip, steer_by_text
 from .upscale import TileSize, UpscaleProgress, target_size, upscale
 from .weights import WeightsError, open_weights
 
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--tile", type=_tile, default="auto", help="auto, whole, or N for NxN blocks a step (auto)")
     sub.add_argument("--colour", default="none", choices=["none", "wavelet", "mean"], help="transfer from the input")
+    _semantic_options(sub)
     sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
     _device_options(sub)
 
@@ -92,7 +94,17 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("eval", _eval, "compare pictures with their originals: PSNR-Y, SSIM, LPIPS, seam energy")
     sub.add_argument("--original", required=True, type=Path, metavar="DIR")
-    sub.add_argument("--upscaled", required=True, type=Path, metavar="DIR", help="pictures of the same names")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--upscaled", type=Path, metavar="DIR", help="pictures of the same names")
+    what.add_argument(
+        "--semantics",
+        action="store_true",
+        help="reduce the originals, and enlarge them without CLIP, with it, and steered by the prompts",
+    )
+    sub.add_argument("--model", default="default", help="for --semantics: weights file (the shipped default)")
+    sub.add_argument("--preset", default="balanced", help="for --semantics (balanced)")
+    _semantic_options(sub)
+    _device_options(sub)
     sub.add_argument("--lpips", type=Path, metavar="FILE", help="AlexNet LPIPS weights; without, no LPIPS")
     sub.add_argument("--block", type=int, default=32, help="pixels, for the seam energy (32, the default weights')")
     sub.add_argument("--json", action="store_true")
@@ -106,6 +118,19 @@ def _parser() -> argparse.ArgumentParser:
 def _device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *_DTYPES], help="auto: bfloat16 on CUDA")
+
+
+def _semantic_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clip",
+        metavar="FILE",
+        help="CLIP weights to see the picture with: a file of open_clip, 'model' for those inside the --model file, "
+        "or 'download'",
+    )
+    parser.add_argument("--view", default="centre", choices=VIEWS, help="what CLIP sees of a picture (centre)")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="steer towards: phrase | (another:1.5)")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="steer away from")
+    parser.add_argument("--strength", type=float, default=2.0, help="of the steering, 0 is none (2)")
 
 
 def _number(text: str) -> float:
@@ -157,12 +182,13 @@ def _upscale(options: argparse.Namespace) -> int:
         raise ValueError("give either --scale, or --width and --height")
     device, dtype = _device(options)
     model = load_infdit(None if options.model == "default" else options.model, device, dtype)
+    semantics = _Semantics(options, model)
     failed = 0
     for source, target in jobs:
         try:
             check_writable(target, overwrite=options.overwrite)
             picture = read_picture(source)
-            _upscale_one(source, picture, target, model, device, options)
+            _upscale_one(source, picture, target, model, semantics, device, options)
         except (PictureError, ValueError, MemoryError) as error:
             print(
                 f"infdit: {source}: {error}" if str(source) not in str(error) else f"infdit: {error}", file=sys.stderr
@@ -174,7 +200,13 @@ def _upscale(options: argparse.Namespace) -> int:
 
 
 def _upscale_one(
-    source: Path, picture: Picture, target: Path, model: Any, device: torch.device, options: argparse.Namespace
+    source: Path,
+    picture: Picture,
+    target: Path,
+    model: InfDiT,
+    semantics: "_Semantics",
+    device: torch.device,
+    options: argparse.Namespace,
 ) -> None:
     height, width = picture.pixels.shape[:2]
     sized = options.width is not None or options.height is not None
@@ -198,6 +230,7 @@ def _upscale_one(
         seed=options.seed,
         tile=options.tile,
         colour=options.colour,
+        semantic=semantics.steered(semantics.seen(_colours(picture))),
         on_progress=_ProgressLine(source.name),
     )
     write_picture(target, picture._replace(pixels=pixels[0]), overwrite=options.overwrite)
@@ -206,6 +239,38 @@ def _upscale_one(
     print(
         f"{target}: {width} x {height} -> {size[1]} x {size[0]}, {seconds:.1f} s, peak memory {peak:.0f} MiB ({where})"
     )
+
+
+class _Semantics:
+    """What CLIP sees, and where prompts steer it, if --clip is there. On the CPU, for it runs once a picture."""
+
+    def __init__(self, options: argparse.Namespace, model: InfDiT) -> None:
+        self.options, self.clip = options, None
+        if options.clip is None:
+            if options.prompt or options.negative:
+                raise ValueError("prompts steer what CLIP sees: say --clip FILE, or --clip download")
+            return
+        path = options.clip
+        if path == "model":
+            if options.model == "default":
+                raise ValueError("the default weights hold no CLIP: give --model FILE, or --clip FILE")
+            path = options.model
+        self.clip = load_clip(download_clip() if path == "download" else path)
+        if self.clip.size != model.config.semantic_size:
+            raise ValueError(
+                f"{path} gives vectors of {self.clip.size} numbers, and this network takes "
+                f"{model.config.semantic_size}: use the CLIP that it was trained with"
+            )
+
+    def seen(self, x: Tensor) -> Tensor | None:
+        """x: (1, 3, H, W) in 0..1."""
+        return None if self.clip is None else self.clip.encode_image(x * 2 - 1, self.options.view)
+
+    def steered(self, vector: Tensor | None) -> Tensor | None:
+        options = self.options
+        if self.clip is None or vector is None:
+            return vector
+        return steer_by_text(self.clip, vector, options.prompt, options.negative, options.strength)
 
 
 class _ProgressLine:
@@ -329,35 +394,85 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from .metrics import load_lpips, psnr_y, seam_energy, ssim_y
-
-    lpips = load_lpips(options.lpips) if options.lpips else None
-    rows: dict[str, dict[str, float]] = {}
-    upscaled = {p.stem: p for p in options.upscaled.iterdir() if p.suffix.lower() in READABLE}
-    for path in sorted(p for p in options.original.iterdir() if p.suffix.lower() in READABLE):
-        if path.stem not in upscaled:
-            print(f"infdit: {options.upscaled} has no {path.stem}", file=sys.stderr)
-            continue
-        x, original = (_colours(read_picture(p)) for p in (upscaled[path.stem], path))
-        if x.shape != original.shape:
-            sides = [f"{t.shape[3]} x {t.shape[2]}" for t in (x, original)]
-            raise PictureError(f"{upscaled[path.stem]} is {sides[0]}, its original {sides[1]}")
-        rows[path.stem] = {
-            "psnr_y": psnr_y(x, original),
-            "ssim_y": ssim_y(x, original),
-            **({"lpips": lpips(x, original)} if lpips else {}),
-            "seam_energy": seam_energy(x, options.block),
-        }
-    if not rows:
-        raise PictureError(f"{options.original} and {options.upscaled} have no picture in common")
+    measure = _Measure(options)
+    originals = sorted(p for p in options.original.iterdir() if p.suffix.lower() in READABLE)
+    if options.semantics:
+        rows = _with_and_without(options, originals, measure)
+    else:
+        rows = {}
+        upscaled = {p.stem: p for p in options.upscaled.iterdir() if p.suffix.lower() in READABLE}
+        for path in originals:
+            if path.stem not in upscaled:
+                print(f"infdit: {options.upscaled} has no {path.stem}", file=sys.stderr)
+                continue
+            x, original = (_colours(read_picture(p)) for p in (upscaled[path.stem], path))
+            if x.shape != original.shape:
+                sides = [f"{t.shape[3]} x {t.shape[2]}" for t in (x, original)]
+                raise PictureError(f"{upscaled[path.stem]} is {sides[0]}, its original {sides[1]}")
+            rows[path.stem] = measure(x, original)
+        if not rows:
+            raise PictureError(f"{options.original} and {options.upscaled} have no picture in common")
     means = {name: sum(row[name] for row in rows.values()) / len(rows) for name in next(iter(rows.values()))}
     if options.json:
         print(json.dumps({"mean": means, "pictures": rows}, indent=1))
         return 0
-    print(f"{'picture':<32}" + "".join(f"{name:>12}" for name in means))
+    width = max(12, *(len(name) + 2 for name in means))
+    print(f"{'picture':<32}" + "".join(f"{name:>{width}}" for name in means))
     for picture, row in [*rows.items(), ("mean", means)]:
-        print(f"{picture:<32}" + "".join(f"{value:12.4f}" for value in row.values()))
+        print(f"{picture:<32}" + "".join(f"{value:{width}.4f}" for value in row.values()))
     return 0
+
+
+class _Measure:
+    def __init__(self, options: argparse.Namespace) -> None:
+        from .metrics import load_lpips
+
+        self.lpips = load_lpips(options.lpips) if options.lpips else None
+        self.block = options.block
+
+    def __call__(self, x: Tensor, original: Tensor) -> dict[str, float]:
+        """Both (1, 3, H, W) in 0..1."""
+        from .metrics import psnr_y, seam_energy, ssim_y
+
+        return {
+            "psnr_y": psnr_y(x, original),
+            "ssim_y": ssim_y(x, original),
+            **({"lpips": self.lpips(x, original)} if self.lpips else {}),
+            "seam_energy": seam_energy(x, self.block),
+        }
+
+
+def _with_and_without(
+    options: argparse.Namespace, originals: Sequence[Path], measure: _Measure
+) -> dict[str, dict[str, float]]:
+    """Figures of every picture, reduced and enlarged without CLIP, with it, and steered; names are put before."""
+    if options.clip is None:
+        raise ValueError("--semantics needs CLIP weights: say --clip FILE, or --clip download")
+    if not originals:
+        raise PictureError(f"{options.original} holds no picture ({', '.join(READABLE)})")
+    device, dtype = _device(options)
+    model = load_infdit(None if options.model == "default" else options.model, device, dtype)
+    semantics, scale = _Semantics(options, model), model.config.scale
+    rows: dict[str, dict[str, float]] = {}
+    for path in originals:
+        original = _colours(read_picture(path))
+        height, width = (side - side % scale for side in original.shape[2:])
+        if 0 in (height, width):
+            raise PictureError(f"{path} is smaller than {scale} pixels")
+        original = original[:, :, :height, :width]
+        small = ((resize(original, (height // scale, width // scale)) * 255).round() / 255).clamp(0, 1)
+        seen = semantics.seen(small)
+        vectors = {"without": None, "with": seen}
+        if options.prompt or options.negative:
+            vectors["steered"] = semantics.steered(seen)
+        rows[path.stem] = {}
+        for name, vector in vectors.items():
+            line = _ProgressLine(f"{path.stem}, {name}")
+            x = upscale(
+                small.movedim(1, -1), model=model, scale=scale, preset=options.preset, semantic=vector, on_progress=line
+            )
+            rows[path.stem] |= {f"{name}_{key}": v for key, v in measure(x.movedim(-1, 1), original).items()}
+    return rows
 
 
 def _colours(picture: Picture) -> Tensor:

@@ -327,6 +327,8 @@ def steer_by_text(clip: Clip, image_vector: Tensor, positive: str, negative: str
             f"the picture's vector has {image_vector.shape[-1]} numbers, this CLIP's have {clip.size}: use the CLIP "
             "that encoded the picture"
         )
+    if not math.isfinite(strength):
+        raise ValueError(f"strength is {strength}: it must be a number")
     encoded = [encode_prompt(clip, prompt) if strength else None for prompt in (positive, negative)]
     if all(vector is None for vector in encoded):
         return image_vector

@@ -95,7 +95,7 @@ def upscale(
     image: (B, H, W, C) float in 0..1; C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; alpha is resized bicubically.
     model: None loads the shipped default. scale or size (height, width; one may be None): how big the result is;
     a scale other than the network's is reached by whole passes, each resized to where the next one starts or to
-    the result. semantic: (1 or B, semantic_size).
+    the result. semantic: (1 or B, semantic_size), a CLIP vector for every picture or one for all.
     preset: faithful, balanced or detailed, as the weights define them; steps and start override it: start is the
     sigma of the noise put on the one-evaluation estimate, from where the sampler takes `steps` steps; steps = 1
     alone is that estimate. sigmas: a schedule of your own in their place, n + 1 falling values; one that starts below
@@ -122,6 +122,7 @@ def upscale(
     if colour not in ("none", "wavelet", "mean"):
         raise ValueError(f"colour is {colour!r}: it must be none, wavelet or mean")
     model = model or _default_model()
+    semantic = semantic_for(model, semantic)
     schedule = _schedule(model.config, preset, steps, start, sigmas)
     size = target_size(image.shape[1], image.shape[2], scale=scale, size=size)
     passes = _passes((image.shape[1], image.shape[2]), size, model.config.scale)
@@ -162,6 +163,19 @@ def upscale(
             x = torch.cat([x, resize(alpha, size).clamp(0, 1)], dim=1)
         results.append(x.permute(0, 2, 3, 1))
     return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def semantic_for(model: InfDiT, semantic: Tensor | None) -> Tensor | None:
+    """The vectors, None where the weights were trained without and ignore them, which is said once."""
+    if semantic is None or model.uses_semantics:
+        return semantic
+    _say_ignored()
+    return None
+
+
+@lru_cache(maxsize=1)
+def _say_ignored() -> None:
+    log.warning("these weights were trained without semantics: what CLIP sees, and prompts, change nothing")
 
 
 class _Schedule(NamedTuple):

@@ -7,16 +7,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infdit_core import WeightsError
+from infdit_core import WeightsError, load_infdit, upscale
+from infdit_core.cli import main
+from infdit_core.images import read_picture
+from infdit_core.infdit import InfDiT, InfDiTConfig, Preset, save_infdit
 from infdit_core.semantics import (
     VIEWS,
     Clip,
@@ -28,6 +33,7 @@ from infdit_core.semantics import (
     preprocess,
     steer_by_text,
 )
+from infdit_core.upscale import _say_ignored
 
 CloseTo = Callable[..., None]
 
@@ -334,3 +340,117 @@ def test_its_absence_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for use in (lambda: load_clip(tmp_path / "x"), download_clip):
         with pytest.raises(ValueError, match="pip install open_clip_torch"):
             use()
+
+
+# --- at the shell
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP, a network that listens to it, one that doesn't, and two photographs."""
+    folder = tmp_path_factory.mktemp("shell")
+    saved(folder, "small ViT")
+    for name in ("listens", "deaf"):
+        generator = torch.Generator().manual_seed(0)
+        model = InfDiT(TINY)
+        model.initialise(generator)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+            if name == "deaf":
+                model.semantic_out.weight.zero_()
+                model.semantic_out.bias.zero_()
+        save_infdit(folder / f"{name}.safetensors", model)
+    (folder / "photographs").mkdir()
+    for number in range(2):
+        image = F.interpolate(torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(number)), size=(48, 66))
+        pixels = (image[0] * 255).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / "photographs" / f"{number}.png")
+    return folder
+
+
+TINY = InfDiTConfig(
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    block_size=16,
+    semantic_size=48,
+    parametrisation="residual",
+    sigma_data=0.1,
+    sigma_max=2.0,
+    presets={"faithful": Preset(1), "balanced": Preset(2, 0.1)},
+)
+
+
+def upscaled(folder: Path, out: Path, *arguments: str, model: str = "listens") -> Tensor:
+    source = str(folder / "photographs" / "0.png")
+    command = [
+        "upscale",
+        source,
+        "-o",
+        str(out / "x.png"),
+        "--model",
+        str(folder / f"{model}.safetensors"),
+        "--overwrite",
+    ]
+    assert main([*command, *arguments]) == 0
+    return read_picture(out / "x.png").pixels
+
+
+def test_upscale_listens_to_clip_and_prompts(
+    folder: Path, tmp_path: Path, assert_close: CloseTo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = ["--clip", str(folder / "clip.safetensors")]
+    prompts = ["--prompt", "clear", "--negative", "noisy"]
+    without = upscaled(folder, tmp_path)
+    seen, steered = upscaled(folder, tmp_path, *clip), upscaled(folder, tmp_path, *clip, *prompts)
+    squashed = upscaled(folder, tmp_path, *clip, "--view", "squash")
+    for one, other in combinations((without, seen, steered, squashed), 2):
+        assert (one - other).abs().max() > 1 / 255
+    assert torch.equal(upscaled(folder, tmp_path, *clip, *prompts, "--strength", "0"), seen)
+
+    x = read_picture(folder / "photographs" / "0.png").pixels[None]
+    tower, network = load_clip(folder / "clip.safetensors"), load_infdit(folder / "listens.safetensors")
+    vector = steer_by_text(tower, tower.encode_image(x.movedim(-1, 1) * 2 - 1), "clear", "noisy")
+    assert_close(steered, upscale(x, model=network, scale=4, semantic=vector)[0], 1 / 255)
+    capsys.readouterr()
+
+
+def test_weights_without_semantics_say_so_once(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _say_ignored.cache_clear()
+    clip = ["--clip", str(folder / "clip.safetensors")]
+    assert torch.equal(upscaled(folder, tmp_path, *clip, model="deaf"), upscaled(folder, tmp_path, model="deaf"))
+    upscaled(folder, tmp_path, *clip, model="deaf")
+    assert [r.message for r in caplog.records if "without semantics" in r.message] == [caplog.records[0].message]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt", "clear"], "--clip FILE"),
+        (["--clip", "model"], "hold no CLIP"),
+        (["--clip", "model", "--model", "listens.safetensors"], "holds no CLIP"),
+        (["--clip", "clip.safetensors"], "gives vectors of 48 numbers, and this network takes 768"),
+        (["--clip", "clip.safetensors", "--model", "listens.safetensors", "--prompt", "(a:b)"], "weight"),
+        (["--clip", "clip.safetensors", "--model", "listens.safetensors", "--prompt", "a", "--strength", "nan"], "nan"),
+    ],
+)
+def test_what_the_shell_refuses(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    given = [str(folder / word) if word.endswith(".safetensors") else word for word in arguments]
+    assert main(["upscale", str(folder / "photographs" / "0.png"), "-o", str(tmp_path / "x.png"), *given]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_eval_compares_with_and_without(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "--semantics", "--original", str(folder / "photographs"), "--json", "--block", "16"]
+    command += ["--model", str(folder / "listens.safetensors"), "--prompt", "clear"]
+    assert main([*command, "--clip", str(folder / "clip.safetensors")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["pictures"]) == {"0", "1"}
+    for key in ("psnr_y", "ssim_y", "seam_energy"):
+        assert len({found["mean"][f"{name}_{key}"] for name in ("without", "with", "steered")}) == 3
+    assert main(command) == 1
+    assert "--clip FILE" in capsys.readouterr().err

@@ -187,6 +187,11 @@ class InfDiT(nn.Module):
         weight = self.final.weight
         return self.compute_device or weight.device, self.compute_dtype or weight.dtype
 
+    @property
+    def uses_semantics(self) -> bool:
+        """Whether a semantic vector changes anything; fresh weights and those trained without one ignore it."""
+        return bool(self.semantic_out.weight.any() or self.semantic_out.bias.any())
+
     def initialise(self, generator: torch.Generator) -> None:
         """Fresh weights for training: the network starts as c_skip * input, every adaLN as the identity."""
         depth_scale = (2 * self.config.num_layers) ** -0.5
@@ -303,7 +308,8 @@ class InfDiT(nn.Module):
         sigma = sigma.expand(len(noisy))
         if semantic is not None and tuple(semantic.shape) not in [(b, config.semantic_size) for b in (1, len(noisy))]:
             raise ValueError(
-                f"semantic has shape {tuple(semantic.shape)}: it must be {(len(noisy), config.semantic_size)}"
+                f"semantic has shape {tuple(semantic.shape)}: it must be {(len(noisy), config.semantic_size)}, "
+                f"from a CLIP that gives {config.semantic_size} numbers"
             )
         *scalings, c_noise = PRECONDITIONINGS[config.preconditioning](sigma, config.sigma_data)
         c_skip, c_out, c_in = (c[:, None, None, None] for c in scalings)
