@@ -26,12 +26,14 @@ from lightning_fabric import Fabric
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from towers import saved
 
-from infdit_core import cli, load_infdit
+from infdit_core import cli, load_infdit, upscale
 from infdit_core import train as entry
 from infdit_core.infdit import Preset
 from infdit_core.infdit.keys import key_table
 from infdit_core.infdit.lora import apply_lora, open_lora
+from infdit_core.semantics import load_clip
 from infdit_core.training import checkpoints, loop
 from infdit_core.training.config import OptimizerConfig, TrainConfig, parse
 from infdit_core.training.losses import training_loss
@@ -549,6 +551,23 @@ def test_fine_tuning_starts_from_the_file(whole: Path, tiny: list[str], tmp_path
     assert train(*tiny, *PLAIN, "network=null", f"out={tmp_path}", f"start_from={path}", "steps=2")  # it goes on
 
 
+def test_what_clip_sees_is_learnt(whole: Path, tiny: list[str], tmp_path: Path) -> None:
+    clip = saved(tmp_path, "small ViT")
+    arguments = [*tiny, "network.semantic_size=48", f"clip={clip}", "steps=4", "validate_every=2"]
+    out = train(*arguments, f"out={tmp_path / 'run'}")
+    assert out is not None
+    network = load_infdit(out)
+    assert network.uses_semantics
+    assert not load_infdit(whole / "weights.safetensors").uses_semantics
+    picture = torch.linspace(0, 1, 768).view(1, 3, 16, 16)
+    vector = load_clip(clip).encode_image(picture * 2 - 1)
+    given = {"model": network, "scale": 4, "preset": "faithful"}
+    with_it, without = (upscale(picture.movedim(1, -1), semantic=v, **given) for v in (vector, None))
+    assert not torch.equal(with_it, without)
+    with pytest.raises(ValueError, match=r"48 numbers, and the network takes 8: say network\.semantic_size=48"):
+        train(*tiny, f"clip={clip}", f"out={tmp_path / 'other'}")
+
+
 def test_a_file_with_another_network_is_refused(whole: Path, tiny: list[str], tmp_path: Path) -> None:
     arguments = [*tiny, f"out={tmp_path}", f"start_from={whole / 'weights.safetensors'}"]
     with pytest.raises(ValueError, match=r"another network: hidden_size 32 instead of 64.*network=null"):
@@ -659,7 +678,7 @@ def prepared(tiny: list[str], *changed: str) -> tuple[Any, loop.State, TrainConf
     model, state = loop._prepare(network, config, fabric)
     pictures = loop._Pictures(loop.find_pictures(config.data.train, 32)[0], [], [], 32)
     report = loop._Report(config, network.config, state, fabric, None)
-    return model, state, config, loop._batches(pictures, config, network.config, 0, fabric, report), fabric
+    return model, state, config, loop._batches(pictures, config, network.config, None, 0, fabric, report), fabric
 
 
 def test_averaged_weights_come_and_go(tiny: list[str]) -> None:

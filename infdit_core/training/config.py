@@ -72,6 +72,7 @@ class TrainConfig:
 
     out: str = ""
     start_from: str = ""  # a weights file to fine-tune, or "default"; without, fresh weights
+    clip: str = ""  # CLIP weights: the network is told what they see in the low resolution; without, nothing
     network: InfDiTConfig | None = field(default_factory=InfDiTConfig)  # null: that of start_from
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..degradation import degrade
 from ..images import READABLE, resize
+from ..semantics import Clip
 from .config import DataConfig
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
@@ -259,10 +260,17 @@ class Batch(NamedTuple):
     original: Tensor  # (B, 3, S, S)
     low_res: Tensor  # (B, 3, S / scale, S / scale), or with the margin
     upsampled: Tensor  # (B, 3, S, S)
+    semantic: Tensor | None = None  # (B, semantic_size): what CLIP sees in low_res, without the margin
 
 
 def reduce(
-    crops: Tensor, scale: int, margin: int, degraded: Tensor, softness: float, generator: torch.Generator
+    crops: Tensor,
+    scale: int,
+    margin: int,
+    degraded: Tensor,
+    softness: float,
+    generator: torch.Generator,
+    clip: Clip | None = None,
 ) -> Batch:
     """Make the low resolution of (B, 3, side, side) uint8 crops and enlarge it bicubically.
 
@@ -277,4 +285,7 @@ def reduce(
         low_res[degraded] = degrade(x[degraded], scale, generator, softness)
     upsampled = resize(low_res * 2 - 1, (side, side)).clamp(-1, 1)
     inner = slice(margin, side - margin)
-    return Batch(x[:, :, inner, inner] * 2 - 1, low_res * 2 - 1, upsampled[:, :, inner, inner])
+    low_res = low_res * 2 - 1
+    within = slice(margin // scale, (side - margin) // scale)
+    semantic = None if clip is None else clip.encode_image(low_res[:, :, within, within])
+    return Batch(x[:, :, inner, inner] * 2 - 1, low_res, upsampled[:, :, inner, inner], semantic)

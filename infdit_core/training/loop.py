@@ -30,6 +30,7 @@ from ..infdit.config import InfDiTConfig
 from ..infdit.lora import add_lora, merged_state, save_lora
 from ..infdit.model import InfDiT
 from ..metrics import load_lpips
+from ..semantics import Clip, load_clip
 from ..weights import write_atomically
 from . import checkpoints
 from .config import OptimizerConfig, TrainConfig, differences, parse, save
@@ -112,13 +113,14 @@ def train(config: TrainConfig) -> Path | None:
             state.restore(newest, fabric)
             _say(fabric, f"going on from step {state.step}")
         lpips = load_lpips(config.lpips) if config.lpips else None
-        held = held_crops(pictures.validation, pictures.side, network.config.scale, config.data, fabric.device)
+        clip = _clip(config, network.config, fabric.device)
+        held = held_crops(pictures.validation, pictures.side, network.config.scale, config.data, fabric.device, clip)
         log = Log(out, state.step, config.wandb, asdict(config)) if fabric.is_global_zero else None
         with contextlib.ExitStack() as stack:
             if log is not None:
                 stack.callback(log.close)
             report = _Report(config, network.config, state, fabric, log)
-            batches = _batches(pictures, config, network.config, state.step, fabric, report)
+            batches = _batches(pictures, config, network.config, clip, state.step, fabric, report)
             while state.step < config.steps:
                 norm = _step(model, state, config, batches, fabric)
                 report.stepped(norm)
@@ -136,7 +138,7 @@ def train(config: TrainConfig) -> Path | None:
                     return None
         weights = out / checkpoints.WEIGHTS
         if pictures.test and log is not None:
-            _test(weights, pictures.test, config, lpips, fabric, log)
+            _test(weights, pictures.test, config, lpips, clip, fabric, log)
         fabric.barrier()
         _say(fabric, f"weights: {weights}")
         return weights
@@ -245,8 +247,7 @@ def _network(config: TrainConfig) -> InfDiT:
         raise TrainingError(f"presets={unknown}: the network has {', '.join(network.config.presets)}")
     if config.lora.rank:
         add_lora(network, config.lora.rank, config.lora.alpha, generator)
-    else:
-        # Without semantics in training these get no gradient.
+    elif not config.clip:  # then these get no gradient
         for module in (network.semantic_in, network.semantic_out):
             module.requires_grad_(False)
     network.checkpointing = config.checkpointing
@@ -254,6 +255,18 @@ def _network(config: TrainConfig) -> InfDiT:
         for layer in network.layers:
             layer.compile()
     return network
+
+
+def _clip(config: TrainConfig, network: InfDiTConfig, device: torch.device) -> Clip | None:
+    if not config.clip:
+        return None
+    clip = load_clip(config.clip, device)
+    if clip.size != network.semantic_size:
+        raise TrainingError(
+            f"clip={config.clip} gives vectors of {clip.size} numbers, and the network takes {network.semantic_size}: "
+            f"say network.semantic_size={clip.size}, or use another"
+        )
+    return clip
 
 
 def _settle(config: TrainConfig, out: Path, fabric: Fabric) -> None:
@@ -358,7 +371,13 @@ def _learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def _batches(
-    pictures: _Pictures, config: TrainConfig, network: InfDiTConfig, step: int, fabric: Fabric, report: "_Report"
+    pictures: _Pictures,
+    config: TrainConfig,
+    network: InfDiTConfig,
+    clip: Clip | None,
+    step: int,
+    fabric: Fabric,
+    report: "_Report",
 ) -> Iterator[tuple[Batch, torch.Generator]]:
     """This process's batches from a step on, each with the generator of its noise.
 
@@ -383,7 +402,7 @@ def _batches(
         if not around:
             here = here[:, :, margin : pictures.side - margin, margin : pictures.side - margin]
         degraded = torch.rand(len(here), generator=generator, device=here.device) < config.data.degraded
-        yield reduce(here, network.scale, around, degraded, config.data.softness, generator), generator
+        yield reduce(here, network.scale, around, degraded, config.data.softness, generator, clip), generator
 
 
 def _step(
@@ -496,10 +515,16 @@ def _validate(
 
 
 def _test(
-    weights: Path, pictures: Sequence[PictureFile], config: TrainConfig, lpips: Lpips | None, fabric: Fabric, log: Log
+    weights: Path,
+    pictures: Sequence[PictureFile],
+    config: TrainConfig,
+    lpips: Lpips | None,
+    clip: Clip | None,
+    fabric: Fabric,
+    log: Log,
 ) -> None:
     rows: dict[str, dict[str, float]] = {}
-    for name, figures in test(weights, pictures, config.presets, lpips, fabric.device):
+    for name, figures in test(weights, pictures, config.presets, lpips, fabric.device, clip):
         rows[name] = figures
         _say(fabric, f"test: {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     means = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}

@@ -45,10 +45,11 @@ def loss_at(
     batch: Batch,
     sigma: Tensor,
     noisy: Tensor,
-    **conditions: Any,
+    **options: Any,
 ) -> Tensor:
-    """Weighted loss (B,) of one evaluation at given noise levels (B,)."""
-    denoised = denoise(noisy, sigma, batch.low_res, upsampled=batch.upsampled, direction=config.direction, **conditions)
+    """Weighted loss (B,) of one evaluation at given noise levels (B,). options: more for `denoise`."""
+    given = {"upsampled": batch.upsampled, "semantic": batch.semantic, "direction": config.direction}
+    denoised = denoise(noisy, sigma, batch.low_res, **given, **options)
     return denoising_loss(denoised, batch.original, _weight(config, sigma, network.sigma_data), config.power)
 
 
@@ -58,7 +59,6 @@ def training_loss(
     config: LossConfig,
     batch: Batch,
     generator: torch.Generator,
-    **conditions: Any,
 ) -> tuple[Tensor, Tensor]:
     """Loss (B,) at random noise levels, and these (B,), sigma_max where a sample was without noise.
 
@@ -86,7 +86,7 @@ def training_loss(
     # One pair of offsets a batch, any that keep its positions clear of the table's wrap: up to 7 crops at 1024.
     largest = network.rope_side - crop // network.patch_size
     row, column = torch.randint(0, largest + 1, (2,), generator=generator, device=device).tolist()
-    return loss_at(denoise, network, config, batch, sigma, noisy, offset=(row, column), **conditions), sigma
+    return loss_at(denoise, network, config, batch, sigma, noisy, offset=(row, column)), sigma
 
 
 class LossMeter:

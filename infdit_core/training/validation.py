@@ -15,6 +15,7 @@ from ..images import resize
 from ..infdit.checkpoint import load_infdit
 from ..infdit.model import InfDiT
 from ..metrics import psnr_y, ssim_y
+from ..semantics import Clip
 from ..upscale import upscale
 from .config import DataConfig, LossConfig
 from .data import Batch, Crops, PictureFile, read_pixels, reduce
@@ -31,7 +32,12 @@ class Held(NamedTuple):
 
 
 def held_crops(
-    pictures: Sequence[PictureFile], side: int, scale: int, config: DataConfig, device: torch.device
+    pictures: Sequence[PictureFile],
+    side: int,
+    scale: int,
+    config: DataConfig,
+    device: torch.device,
+    clip: Clip | None = None,
 ) -> list[Held]:
     """The most detailed of eight crops of every picture, the same at each call."""
     upright = dataclasses.replace(config, direct=1.0, mirror=0.0, turn=False, candidates=8)
@@ -41,7 +47,9 @@ def held_crops(
         crop = torch.from_numpy(Crops([picture], side, upright, seed=0)[0].pixels).permute(2, 0, 1)[None].to(device)
         generator = torch.Generator(device).manual_seed(number)
         batches = {
-            kind: reduce(crop, scale, 0, torch.tensor([kind == "degraded"], device=device), config.softness, generator)
+            kind: reduce(
+                crop, scale, 0, torch.tensor([kind == "degraded"], device=device), config.softness, generator, clip
+            )
             for kind in kinds
         }
         held.append(Held(crop.float() / 255, batches))
@@ -75,9 +83,10 @@ def validate(
             low_res = batch.low_res.permute(0, 2, 3, 1) / 2 + 0.5
             results = {"bicubic": batch.upsampled / 2 + 0.5}
             for preset in presets:
-                results[preset] = upscale(low_res, model=network, scale=network.config.scale, preset=preset).permute(
-                    0, 3, 1, 2
+                large = upscale(
+                    low_res, model=network, scale=network.config.scale, preset=preset, semantic=batch.semantic
                 )
+                results[preset] = large.permute(0, 3, 1, 2)
             for name, result in results.items():
                 figures[f"{kind}_{name}_psnr_y"] = psnr_y(result, original)
                 if lpips is not None:
@@ -95,7 +104,12 @@ def contact_sheet(rows: Sequence[Sequence[Tensor]]) -> Image.Image:
 
 @torch.no_grad()
 def test(
-    weights: Path, pictures: Sequence[PictureFile], presets: Sequence[str], lpips: Lpips | None, device: torch.device
+    weights: Path,
+    pictures: Sequence[PictureFile],
+    presets: Sequence[str],
+    lpips: Lpips | None,
+    device: torch.device,
+    clip: Clip | None = None,
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Reduce every picture to a quarter (or the network's scale) by Pillow's bicubic and enlarge it, whole.
 
@@ -109,9 +123,12 @@ def test(
         image = Image.fromarray(pixels[:height, :width])
         small = image.resize((width // scale, height // scale), Image.Resampling.BICUBIC)
         low_res = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)[None].to(device)
-        results = {"bicubic": resize(low_res.permute(0, 3, 1, 2), (height, width)).clamp(0, 1)}
+        planes = low_res.permute(0, 3, 1, 2)
+        results = {"bicubic": resize(planes, (height, width)).clamp(0, 1)}
+        semantic = None if clip is None else clip.encode_image(planes * 2 - 1)
         for preset in presets:
-            results[preset] = upscale(low_res, model=model, scale=scale, preset=preset).permute(0, 3, 1, 2)
+            large = upscale(low_res, model=model, scale=scale, preset=preset, semantic=semantic)
+            results[preset] = large.permute(0, 3, 1, 2)
         original = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)[None]
         figures = {}
         for name, result in results.items():
