@@ -81,6 +81,12 @@ def _centre(x: Tensor, height: int, width: int) -> Tensor:
     return x[:, :, top : top + height, left : left + width]
 
 
+def mean_of_views(vectors: Tensor, count: int) -> Tensor:
+    """CLIP's vectors (n count, D) of what `preprocess` made of `count` pictures -> a unit vector each, (count, D)."""
+    unit = F.normalize(vectors, dim=-1)
+    return unit if len(unit) == count else F.normalize(unit.unflatten(0, (-1, count)).mean(0), dim=-1)
+
+
 # --- towers
 
 
@@ -110,8 +116,7 @@ class Clip:
         """Pictures (B, 3, H, W) in [-1, 1] -> unit vectors (B, size), fp32. view: see `preprocess`."""
         device, dtype = self._here()
         seen = preprocess(x.float(), self.side, view, *self.statistics).to(device=device, dtype=dtype)
-        vectors = torch.cat([F.normalize(self.model.visual(part).float(), dim=-1) for part in seen.split(8)])
-        return F.normalize(vectors.unflatten(0, (-1, len(x))).mean(0), dim=-1) if len(vectors) > len(x) else vectors
+        return mean_of_views(torch.cat([self.model.visual(part).float() for part in seen.split(8)]), len(x))
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:

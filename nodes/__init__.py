@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .loader import LoadInfDiT
 from .native import InfDiTConditioning, InfDiTToImage
 from .sampling import EDMHeunSampler, EDMSchedule
+from .semantics import LoadClip, SemanticEncode, TextSteering
 from .upscale import Upscale, UpscaleTiled
 
 NODES: list[type[io.ComfyNode]] = [
@@ -15,6 +16,9 @@ NODES: list[type[io.ComfyNode]] = [
     InfDiTToImage,
     EDMHeunSampler,
     EDMSchedule,
+    LoadClip,
+    SemanticEncode,
+    TextSteering,
 ]
 
 

@@ -3,10 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.conds
 import comfy.latent_formats
@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..infdit_core import semantics
 from ..infdit_core import upscale as upscale_pictures
 from ..infdit_core.diffusion import samplers
 from ..infdit_core.infdit import InfDiT, load_infdit
@@ -296,6 +297,118 @@ class _Progress:
         step = max(1, math.ceil(max(estimate.shape[2:]) / self.SIDE))
         pixels = estimate[0, :, ::step, ::step].float().cpu()
         return Image.fromarray(pixels.add(1).mul(127.5).clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())
+
+
+# --- CLIP
+
+DOWNLOAD = f"{semantics.ARCHITECTURE} {semantics.PRETRAINED} (download, 1.7 GB)"
+_VISION = "clip_vision"  # the host's folder, where some keep open_clip's files
+
+
+def clip_names() -> list[str]:
+    """What 'Load CLIP' offers: the download, then the files in models/infdit and models/clip_vision."""
+    return [
+        DOWNLOAD,
+        *folder_paths.get_filename_list(FOLDER),
+        *(f"{_VISION}/{name}" for name in folder_paths.get_filename_list(_VISION)),
+    ]
+
+
+def clip_path(name: str) -> Path | None:
+    """The file of a name, None for the download. Raises WeightsError that says where to put it."""
+    if name == DOWNLOAD:
+        return None
+    folder = _VISION if name.startswith(f"{_VISION}/") else FOLDER
+    found = folder_paths.get_full_path(folder, name.removeprefix(f"{_VISION}/"))
+    if found is None:
+        folders = " or ".join(folder_paths.get_folder_paths(folder))
+        raise WeightsError(f"There is no CLIP file {name!r}: put it into {folders}, or choose {DOWNLOAD!r}.")
+    return Path(found)
+
+
+class HostClip(NamedTuple):
+    """A CLIP under the host's model management."""
+
+    clip: semantics.Clip
+    patcher: comfy.model_patcher.ModelPatcher
+
+
+def load_clip(path: Path | None) -> HostClip:
+    """path: None downloads the CLIP of the published Inf-DiT, once."""
+    clip = semantics.load_clip(path or semantics.download_clip(), management.text_encoder_offload_device())
+    places = {
+        "load_device": management.text_encoder_device(),
+        "offload_device": management.text_encoder_offload_device(),
+    }
+    return HostClip(clip, comfy.model_patcher.ModelPatcher(clip.model, **places))
+
+
+@contextmanager
+def _in_use(patcher: comfy.model_patcher.ModelPatcher) -> Iterator[None]:
+    """The model is where it computes, whole, and away from there afterwards: the upscaler needs the room."""
+    management.load_models_gpu([patcher], force_full_load=True)  # open_clip's modules can't be moved in parts
+    try:
+        yield
+    finally:
+        for loaded in [m for m in management.current_loaded_models if m.model is patcher]:
+            loaded.model_unload()
+            management.current_loaded_models.remove(loaded)
+
+
+def _clip_of(clip: Any) -> HostClip:
+    if not isinstance(clip, HostClip):
+        raise ValueError(
+            f"The connected clip is {type(clip).__name__}: connect the output of 'Load CLIP (Inf-DiT)', for those of "
+            "checkpoints are other ones."
+        )
+    return clip
+
+
+def encode_image(clip: Any, x: Tensor, view: semantics.View) -> Tensor:
+    """Unit vectors (B, size) of pictures (B, 3, H, W) in [-1, 1]."""
+    clip = _clip_of(clip)
+    with _in_use(clip.patcher):
+        return on_result_device(clip.clip.encode_image(x, view))
+
+
+def vision_vectors(clip_vision: Any, x: Tensor, view: semantics.View) -> Tensor:
+    """The same with a CLIP_VISION of the host's, where its activation is that of open_clip's datacomp weights."""
+    layers = getattr(getattr(getattr(clip_vision.model, "vision_model", None), "encoder", None), "layers", None)
+    activation = None if layers is None else layers[0].mlp.activation
+    one = torch.ones(1)
+    if activation is None or not torch.equal(activation(one), torch.nn.functional.gelu(one)):
+        raise ValueError(
+            "This CLIP_VISION computes with another activation than the CLIP that Inf-DiT was trained with (GELU), so "
+            "its vectors would mean something else: use 'Load CLIP (Inf-DiT)' with open_clip's file."
+        )
+    management.load_model_gpu(clip_vision.patcher)
+    statistics = (clip_vision.image_mean, clip_vision.image_std)
+    seen = semantics.preprocess(x, clip_vision.image_size, view, *statistics).to(clip_vision.load_device)
+    vectors = clip_vision.model(pixel_values=seen, intermediate_output=-2)[2].float()
+    return on_result_device(semantics.mean_of_views(vectors, len(x)))
+
+
+def steer(clip: Any, vectors: Tensor, positive: str, negative: str, strength: float) -> tuple[Tensor, str]:
+    """The vectors steered by text, and a report: how similar they are to both texts before and after."""
+    clip = _clip_of(clip)
+    with _in_use(clip.patcher):
+        steered = semantics.steer_by_text(clip.clip, vectors, positive, negative, strength)
+        texts = {"positive": positive, "negative": negative}
+        encoded = {name: semantics.encode_prompt(clip.clip, text) for name, text in texts.items()}
+    lines = [
+        f"{name}: {(vectors @ text.to(vectors).T).mean():.3f} -> {(steered @ text.to(vectors).T).mean():.3f}"
+        for name, text in encoded.items()
+        if text is not None
+    ]
+    return on_result_device(steered), "\n".join(["similarity to", *lines]) if lines else "no text: nothing to steer by"
+
+
+def show_text(text: str, node_id: Any) -> None:
+    """On the node itself, where one is running in a graph."""
+    if node_id is not None:
+        from server import PromptServer  # starts much of the host where it doesn't run yet
+
+        PromptServer.instance.send_progress_text(text, node_id)
 
 
 # --- samplers

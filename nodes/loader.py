@@ -21,8 +21,8 @@ class LoadInfDiT(io.ComfyNode):
                     "model_name",
                     options=host.model_names(),
                     default=host.SHIPPED,
-                    tooltip="The shipped network needs no download. Others: put the file into models/infdit and "
-                    "refresh.",
+                    tooltip="The shipped network needs no download. For others put the file into models/infdit and "
+                    "press R.",
                 ),
                 io.Combo.Input(
                     "precision",

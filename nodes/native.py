@@ -8,10 +8,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit_core.images import resize
-from ..infdit_core.upscale import pad_and_enlarge
+from ..infdit_core.upscale import pad_and_enlarge, semantic_for
 from . import host
+from .semantics import Semantic
 from .target import result_size, target_inputs
-from .upscale import Semantic
 
 RESULT = "infdit"  # entry of the LATENT: what 'Inf-DiT to Image' has to know
 
@@ -26,14 +26,16 @@ class InfDiTConditioning(io.ComfyNode):
             display_name="Inf-DiT Conditioning",
             category="image/upscaling/Inf-DiT",
             description="Prepares a picture for KSampler and the other samplers of ComfyUI: use cfg 1, denoise 1 and "
-            "the scheduler karras, and connect the conditioning as positive and negative. They hold the whole picture "
-            "several times; from about 6000 pixels on take 'Inf-DiT Upscale (tiled)'.",
+            "the scheduler karras, and connect the conditioning as positive and negative. These samplers hold the "
+            "whole picture many times over: for very large results take 'Inf-DiT Upscale (tiled)'.",
             inputs=[
                 io.Model.Input("model", tooltip="From 'Load Inf-DiT': its blocks decide how the picture is padded."),
                 io.Image.Input("image", tooltip="One or more pictures of the same size."),
                 *target_inputs(),
                 Semantic.Input(
-                    "semantic", optional=True, tooltip="What is in the picture, as one vector for each picture."
+                    "semantic",
+                    optional=True,
+                    tooltip="What is in the picture: one CLIP image vector for each picture, or one for all. Optional.",
                 ),
             ],
             outputs=[
@@ -48,7 +50,8 @@ class InfDiTConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, image: Tensor, semantic: Tensor | None = None, **target: Any) -> io.NodeOutput:
-        config = host.network_of(model).config
+        network = host.network_of(model)
+        config = network.config
         size = result_size(image, **target)
         planes = image.permute(0, 3, 1, 2).float()
         alpha = planes[:, -1:] if planes.shape[1] in (2, 4) else None
@@ -59,6 +62,7 @@ class InfDiTConditioning(io.ComfyNode):
         if least[0] > x.shape[2] or least[1] > x.shape[3]:
             x = resize(x, (max(least[0], x.shape[2]), max(least[1], x.shape[3]))).clamp(-1, 1)
         low_res, upsampled = pad_and_enlarge(x, config)
+        semantic = semantic_for(network, semantic)
         entries = {host.LOW_RES: low_res} | ({} if semantic is None else {host.SEMANTIC: semantic})
         # The host's nodes for CONDITIONING want a tensor of text tokens; the network has none.
         conditioning = [[torch.zeros(len(image), 1, 1), entries]]

@@ -17,8 +17,9 @@ class EDMHeunSampler(io.ComfyNode):
             node_id="InfDiTHeunSampler",
             display_name="EDM Heun Sampler",
             category="image/upscaling/Inf-DiT",
-            description="EDM's second-order sampler, optionally stochastic, for the tiled Inf-DiT upscaler and for "
-            "SamplerCustom and SamplerCustomAdvanced. Two evaluations a step, one in the last.",
+            description="EDM's second-order sampler, with fresh noise on the way where wanted, for "
+            "'Inf-DiT Upscale (tiled)', SamplerCustom and SamplerCustomAdvanced. The network runs twice a step, once "
+            "in the last.",
             inputs=[
                 io.Float.Input(
                     "s_churn",
@@ -26,7 +27,7 @@ class EDMHeunSampler(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.5,
-                    tooltip="How much fresh noise all steps together add; 0 adds none. More makes up more detail.",
+                    tooltip="How much fresh noise the steps add, shared out among them; 0 adds none.",
                 ),
                 io.Float.Input(
                     "s_tmin",
@@ -50,7 +51,7 @@ class EDMHeunSampler(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.001,
-                    tooltip="Deviation of the fresh noise; slightly above 1 keeps detail from fading.",
+                    tooltip="Strength of the fresh noise; slightly above 1 keeps detail from fading.",
                 ),
             ],
             outputs=[io.Sampler.Output(id="sampler", display_name="sampler", tooltip="The way from noise to picture.")],
@@ -70,8 +71,9 @@ class EDMSchedule(io.ComfyNode):
             node_id="InfDiTSchedule",
             display_name="EDM Schedule",
             category="image/upscaling/Inf-DiT",
-            description="EDM's noise levels over the range that the network was trained for. In the tiled upscaler a "
-            "start below the largest begins on the one-evaluation estimate: few steps, close to the picture.",
+            description="EDM's noise levels (sigmas) over the range that the network was trained for. In "
+            "'Inf-DiT Upscale (tiled)' a start below the largest begins with a first estimate of the result: few "
+            "steps are enough then.",
             inputs=[
                 io.Model.Input("model", tooltip="From 'Load Inf-DiT': its weights say which sigmas they know."),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="More is finer, and takes longer."),

@@ -18,7 +18,7 @@ def target_inputs() -> list[io.Input]:
             "size_by",
             options=[BY_SCALE, BY_SIZE, BY_LONGEST],
             default=BY_SCALE,
-            tooltip="Which of the next four inputs says how big the result is.",
+            tooltip="Which of the next four inputs say how big the result is.",
         ),
         io.Float.Input(
             "scale",
@@ -33,21 +33,21 @@ def target_inputs() -> list[io.Input]:
             default=0,
             min=0,
             max=LONGEST,
-            tooltip="For size_by 'width and height': pixels; 0 follows the height and the picture's aspect.",
+            tooltip="For size_by 'width and height': pixels; 0 follows the height and keeps the aspect.",
         ),
         io.Int.Input(
             "height",
             default=0,
             min=0,
             max=LONGEST,
-            tooltip="For size_by 'width and height': pixels; 0 follows the width and the picture's aspect.",
+            tooltip="For size_by 'width and height': pixels; 0 follows the width and keeps the aspect.",
         ),
         io.Int.Input(
             "longest_side",
             default=4096,
             min=1,
             max=LONGEST,
-            tooltip="For size_by 'longest side': pixels; the other side follows the picture's aspect.",
+            tooltip="For size_by 'longest side': pixels of the longer side; the other one keeps the aspect.",
         ),
     ]
 

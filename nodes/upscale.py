@@ -7,13 +7,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from . import host
+from .semantics import Semantic
 from .target import result_size, target_inputs
 
 PRESETS = ["faithful", "balanced", "detailed"]
 COLOURS = ["none", "wavelet", "mean"]
 SEED = {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}
-
-Semantic = io.Custom("INFDIT_SEMANTIC")  # (1 or B, semantic_size) vectors
 
 
 @lru_cache(maxsize=1)
@@ -30,8 +29,8 @@ class Upscale(io.ComfyNode):
             node_id="InfDiTUpscale",
             display_name="Upscale (Inf-DiT)",
             category="image/upscaling/Inf-DiT",
-            description="Enlarges pictures with the network that ships with this pack. Nothing to download, any size, "
-            "no seams. For other networks and more control: 'Inf-DiT Upscale (tiled)'.",
+            description="Enlarges pictures of any size with the network that ships with this pack: nothing to "
+            "download. For other networks and more control: 'Inf-DiT Upscale (tiled)'.",
             inputs=[
                 io.Image.Input(
                     "image", tooltip="One or more pictures of any size; transparency is enlarged along with them."
@@ -42,16 +41,16 @@ class Upscale(io.ComfyNode):
                     min=0.05,
                     max=100.0,
                     step=0.05,
-                    tooltip="How many times wider and higher, any number.",
+                    tooltip="How many times wider and higher, any number; 1 or less only resizes.",
                 ),
                 io.Combo.Input(
                     "preset",
                     options=PRESETS,
                     default="balanced",
-                    tooltip="faithful: closest to the truth on average, soft, fastest. balanced: sharper. detailed: "
-                    "sharpest, makes up most, slowest.",
+                    tooltip="faithful: closest to the original on average, soft, fastest. balanced: sharper. detailed: "
+                    "sharpest, makes up most.",
                 ),
-                io.Int.Input("seed", tooltip="Another seed makes up other detail; 'faithful' has none.", **SEED),
+                io.Int.Input("seed", tooltip="Another seed makes up other detail; 'faithful' doesn't use it.", **SEED),
             ],
             outputs=[io.Image.Output(id="upscaled", display_name="image", tooltip="The enlarged pictures.")],
         )
@@ -71,8 +70,8 @@ class UpscaleTiled(io.ComfyNode):
             node_id="InfDiTUpscaleTiled",
             display_name="Inf-DiT Upscale (tiled)",
             category="image/upscaling/Inf-DiT",
-            description="Enlarges pictures to any size, block by block, in memory that doesn't grow with their length; "
-            "the result is the same as in one piece.",
+            description="Enlarges pictures to any size, tile by tile; the result is the same as in one piece. On the "
+            "graphics card the memory needed grows with the shorter side only.",
             inputs=[
                 io.Model.Input("model", tooltip="From 'Load Inf-DiT'."),
                 io.Image.Input(
@@ -83,7 +82,7 @@ class UpscaleTiled(io.ComfyNode):
                     "preset",
                     options=PRESETS,
                     default="balanced",
-                    tooltip="Steps and starting noise as the weights define them; sigmas, where connected, replace it.",
+                    tooltip="Steps and starting noise as the weights define them; connected sigmas replace the preset.",
                 ),
                 io.Int.Input("seed", tooltip="Another seed makes up other detail.", **SEED),
                 io.Int.Input(
@@ -98,17 +97,21 @@ class UpscaleTiled(io.ComfyNode):
                     "colour",
                     options=COLOURS,
                     default="none",
-                    tooltip="Take from the input: wavelet the low frequencies, mean the mean and contrast of each "
-                    "channel. For networks that shift colours.",
+                    tooltip="For networks that shift colours. wavelet: take large areas' colours from the input; mean: "
+                    "the mean and contrast of each channel.",
                 ),
                 io.Sampler.Input(
                     "sampler", optional=True, tooltip="Any SAMPLER instead of Heun, such as 'EDM Heun Sampler'."
                 ),
                 io.Sigmas.Input(
-                    "sigmas", optional=True, tooltip="Noise levels instead of the preset's, such as 'EDM Schedule'."
+                    "sigmas",
+                    optional=True,
+                    tooltip="Noise levels instead of the preset's, such as those of 'EDM Schedule'.",
                 ),
                 Semantic.Input(
-                    "semantic", optional=True, tooltip="What is in the picture, as one vector for each picture."
+                    "semantic",
+                    optional=True,
+                    tooltip="What is in the picture: one CLIP image vector for each picture, or one for all. Optional.",
                 ),
             ],
             outputs=[io.Image.Output(id="upscaled", display_name="image", tooltip="The enlarged pictures.")],

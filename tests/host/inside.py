@@ -115,10 +115,10 @@ def inputs_are_left_alone_and_may_be_views(h: Any) -> None:
 # --- the native path
 
 
-def sampled(h: Any, model: Any, image: Any, steps: int, seed: int, cfg: float = 1.0, **target: Any) -> Any:
+def sampled(h: Any, model: Any, image: Any, steps: int, seed: int, cfg: float = 1.0, **options: Any) -> Any:
     import nodes
 
-    positive, latent = h.run_all("InfDiTConditioning", model=model, image=image, **TARGET | target)
+    positive, latent = h.run_all("InfDiTConditioning", model=model, image=image, **TARGET | options)
     (samples,) = nodes.KSampler().sample(model, seed, steps, cfg, "heun", "karras", positive, positive, latent, 1.0)
     return h.run("InfDiTToImage", samples=samples)
 
@@ -389,10 +389,12 @@ def bad_inputs_get_a_sentence(h: Any) -> None:
         ({"colour": "red"}, ("wavelet",)),
         ({"sigmas": h.torch.tensor([1.0, 2.0])}, ("smaller than the one before",)),
         ({"sigmas": h.torch.tensor([])}, ("sigmas",)),
-        ({"semantic": h.torch.zeros(1, 3)}, ("semantic",)),
     ]:
         with says(*parts):
             h.run("InfDiTUpscaleTiled", model=model, image=good, **TILED | settings)
+    with says("semantic", "8 numbers"):
+        listening = h.model("picture.safetensors")
+        h.run("InfDiTUpscaleTiled", model=listening, image=good, semantic=h.torch.zeros(1, 3), **TILED)
     with says("sigma"):
         h.run("InfDiTSchedule", model=model, steps=3, start=500.0)
     with says("VAE Decode"):
@@ -422,6 +424,84 @@ def the_native_path_explains_wrong_connections(h: Any) -> None:
             nodes.KSampler().sample(model, 1, 1, cfg, "heun", "karras", positive, negative, samples, 1.0)
 
 
+# --- semantics
+
+
+@check
+def clip_is_loaded_by_the_host_and_leaves(h: Any) -> None:
+    import comfy.model_management as management
+
+    if h.open_clip is None:
+        with says("pip install open_clip_torch"):
+            h.run("InfDiTLoadCLIP", clip_name="tower.safetensors")
+        return
+    clip, image = h.run("InfDiTLoadCLIP", clip_name="tower.safetensors"), picture(20, 30, channels=4, batch=2)
+    expected = h.semantics.load_clip(h.infdit / "tower.safetensors")
+    x = image.movedim(-1, 1)[:, :3] * 2 - 1
+    for view in ("centre", "squares"):
+        found = h.run("InfDiTSemanticEncode", image=image, view=view, clip=clip)
+        close(found, expected.encode_image(x, view))
+    text = {"positive": "clear | (sharp:2)", "negative": "noisy", "strength": 1.5}
+    steered = h.run("InfDiTTextSteering", semantic=found, clip=clip, **text)
+    close(steered, h.semantics.steer_by_text(expected, found, *text.values()))
+    same = h.run("InfDiTTextSteering", semantic=found, clip=clip, **text | {"strength": 0.0})
+    assert h.torch.equal(same, found)
+    _, report = h.host.steer(clip, found, *text.values())
+    before, after = ([float(line.split()[i]) for line in report.splitlines()[1:]] for i in (1, 3))
+    assert after[0] > before[0] and after[1] < before[1], report
+    assert not [m for m in management.current_loaded_models if m.model is clip.patcher]
+    for wrong in (h.default(), None):
+        with says("Load CLIP (Inf-DiT)"):
+            h.run("InfDiTSemanticEncode", image=image, view="centre", clip=wrong)
+    with says("clip.safetensors", "no CLIP"):
+        h.run("InfDiTLoadCLIP", clip_name="clip.safetensors")
+
+
+@check
+def both_paths_listen_to_semantics(h: Any) -> None:
+    model, image = h.model("picture.safetensors"), picture(8, 8)
+    vectors = h.torch.eye(8)[:2]
+    tiled = [
+        h.run("InfDiTUpscaleTiled", model=model, image=image, **TILED, semantic=v)
+        for v in (vectors[:1], vectors[1:], None)
+    ]
+    native = [sampled(h, model, image, steps=2, seed=1, semantic=v) for v in (vectors[:1], vectors[1:], None)]
+    for results in (tiled, native):
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert (results[one] - results[other]).abs().max() > 1e-3
+    both = picture(8, 8, batch=2)
+    found = h.run("InfDiTUpscaleTiled", model=model, image=both, **TILED, semantic=vectors)
+    alone = h.run("InfDiTUpscaleTiled", model=model, image=both[1:], **TILED, semantic=vectors[1:])
+    close(found[1:], alone)
+    for node in ("InfDiTUpscaleTiled", "InfDiTConditioning"):  # the shipped weights don't listen
+        settings = TILED if node == "InfDiTUpscaleTiled" else TARGET
+        deaf = [h.run(node, model=h.default(), image=image, **settings, semantic=v) for v in (vectors[:, :3], None)]
+        close(*(x if node == "InfDiTUpscaleTiled" else x[0][1][h.host.LOW_RES] for x in deaf), 0)
+
+
+@check
+def clip_vision_is_used_where_its_activation_fits(h: Any) -> None:
+    import comfy.clip_vision
+
+    settings = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 256}
+    settings |= {"patch_size": 16, "image_size": 64, "num_channels": 3, "projection_dim": 8}
+    for activation in ("gelu", "quick_gelu"):
+        path = h.infdit / "vision.json"
+        path.write_text(json.dumps(settings | {"hidden_act": activation, "model_type": "clip_vision_model"}))
+        vision = comfy.clip_vision.ClipVisionModel(path)
+        generator = h.torch.Generator().manual_seed(0)
+        for parameter in vision.model.parameters():
+            parameter.data.normal_(std=0.1, generator=generator)
+        inputs = {"image": picture(64, 64, batch=2), "view": "centre", "clip_vision": vision}
+        if activation == "gelu":
+            found = h.run("InfDiTSemanticEncode", **inputs)
+            expected = vision.encode_image(inputs["image"])["image_embeds"]
+            close(found, h.torch.nn.functional.normalize(expected, dim=-1), 2e-2)  # it rounds to 8 bits before
+        else:
+            with says("another activation"):
+                h.run("InfDiTSemanticEncode", **inputs)
+
+
 # --- running them
 
 
@@ -448,6 +528,7 @@ class Helper:
         self.host = sys.modules[f"{prefix}.nodes.host"]
         self.core = sys.modules[f"{prefix}.infdit_core"]
         self.working_memory = sys.modules[f"{prefix}.infdit_core.upscale"].working_memory
+        self.semantics = self.core.semantics
         self.InfDiT = self.core.InfDiT
         self.shipped = self.host.SHIPPED
         self._files()
@@ -470,6 +551,15 @@ class Helper:
                     module.weight.add_(1)
         infdit.save_infdit(self.infdit / "picture.safetensors", network, torch.float32)
         save_file({"text_model.weight": torch.zeros(2)}, self.infdit / "clip.safetensors")
+        try:
+            import open_clip
+        except ImportError:
+            open_clip = None
+        self.open_clip = open_clip
+        if open_clip is not None:
+            vision = {"image_size": 64, "layers": 1, "width": 64, "patch_size": 16}
+            tower = open_clip.CLIP(8, vision, {"width": 64, "heads": 1, "layers": 1})
+            save_file(dict(tower.state_dict()), self.infdit / "tower.safetensors")
         (self.infdit / "short.pt").write_bytes(b"PK\x03\x04 nothing")
         (self.infdit / "notes.txt").write_text("no weights")
 
