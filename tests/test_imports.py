@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import importlib.abc, sys
 
@@ -33,3 +35,12 @@ def test_library_imports_are_relative_and_stay_below_the_host() -> None:
     lines = [(path, line) for path in root.rglob("*.py") for line in path.read_text().splitlines()]
     assert not [entry for entry in lines if entry[1].lstrip().startswith(("import infdit_core", "from infdit_core"))]
     assert not [entry for entry in lines if entry[1].lstrip().startswith(("import comfy", "from comfy"))]
+
+
+def test_both_lists_of_requirements_are_the_same() -> None:
+    """pip reads pyproject.toml, ComfyUI-Manager requirements.txt."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    lines = (root / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == project["dependencies"]
