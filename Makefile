@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 
 upscale: $(VENV)/installed
 	@mkdir -p output
-	@$(BIN)/infdit upscale examples/osprey.png -o output/osprey_x4.png --scale 4 --overwrite
+	@$(BIN)/infdit upscale docs/osprey.png -o output/osprey_x4.png --scale 4 --overwrite
 
 comparison: upscale
 	@mkdir -p docs
-	@$(BIN)/python scripts/compare.py examples/osprey.png output/osprey_x4.png docs/comparison.jpg
+	@$(BIN)/python scripts/compare.py docs/osprey.png output/osprey_x4.png docs/comparison.jpg
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -35,7 +35,8 @@ class InfDiTConditioning(io.ComfyNode):
                 Semantic.Input(
                     "semantic",
                     optional=True,
-                    tooltip="What is in the picture: one CLIP image vector for each picture, or one for all. Optional.",
+                    tooltip="What is in the picture, from 'Semantic Encode' or 'Text Steering'. Optional; not every "
+                    "network uses it.",
                 ),
             ],
             outputs=[

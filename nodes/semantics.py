@@ -84,7 +84,7 @@ class SemanticEncode(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="In its place, where its activation is GELU: most that ComfyUI loads have another one.",
+                    tooltip="In place of clip, if it computes with GELU, which ViT-L from 'Load CLIP Vision' doesn't.",
                 ),
             ],
             outputs=[

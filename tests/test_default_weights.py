@@ -13,7 +13,7 @@ from infdit_core.images import resize
 from infdit_core.infdit.checkpoint import DEFAULT_FILE
 from infdit_core.metrics import luma, psnr_y, seam_energy
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "osprey.png"
+EXAMPLE = Path(__file__).parents[1] / "docs" / "osprey.png"
 
 
 def planes(pixels: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from infdit_core.degradation.synthesis import (
     squared_distance,
 )
 
-OSPREY = Path(__file__).parents[1] / "examples" / "osprey.png"
+OSPREY = Path(__file__).parents[1] / "docs" / "osprey.png"
 
 CloseTo = Callable[..., None]
 

@@ -1,6 +1,8 @@
 """Real hosts to test against: COMFYUI_PATH, several separated by os.pathsep, and COMFYUI_PYTHON, one or as many.
 
-Without COMFYUI_PATH everything in this folder is skipped.
+Without COMFYUI_PATH everything in this folder is skipped. The tests of the front end also need node, the npm package
+playwright-core (PLAYWRIGHT_CORE names its folder, or NODE_PATH the one around it) and Chromium (CHROMIUM names the
+program, if it isn't on the PATH as chromium or google-chrome); without these they are skipped.
 """
 
 import json
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from PIL import Image
 
 PACK = Path(__file__).parents[2]
 DEFAULT_WEIGHTS = PACK / "infdit_core" / "default_weights" / "infdit_nano.safetensors"
@@ -93,9 +96,13 @@ class Server:
         self.base = base
         for folder in ("custom_nodes", "input", "output", "user", "models/infdit", "models/checkpoints"):
             (base / folder).mkdir(parents=True)
-        (base / "custom_nodes" / "inf-dit").symlink_to(PACK)
+        self.pack = "inf-dit"
+        (base / "custom_nodes" / self.pack).symlink_to(PACK)
         shutil.copy(Path(__file__).parent / "faults.py", base / "custom_nodes" / "faults.py")
-        shutil.copy(PACK / "examples" / "osprey.png", base / "input")
+        shutil.copy(PACK / "docs" / "osprey.png", base / "input")
+        # The picture of the workflows, which every host has: here a small one, as CPUs are slow.
+        with Image.open(PACK / "docs" / "osprey.png") as osprey:
+            osprey.convert("RGB").crop((100, 20, 196, 84)).resize((48, 32)).save(base / "input" / "example.png")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

@@ -1,6 +1,7 @@
-"""Checks that run inside a host's process, with its interpreter: python inside.py HOST PACK FOLDER.
+"""Checks that run inside a host's process, with its interpreter: python inside.py HOST PACK FOLDER [measure].
 
-Prints one JSON line: the name of every check, and the traceback where it failed. `test_inside.py` reads it.
+Prints one JSON line: the name of every check, and the traceback where it failed. `test_inside.py` reads it. With
+"measure" it compares the cost of the streaming node with the library's instead.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -592,8 +594,32 @@ class Helper:
         return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), name, steps)
 
 
-def main(host: str, pack: str, folder: str) -> None:
-    """Load the pack as the host does, and run every check."""
+def measure(h: Any) -> None:
+    """Time and memory of the streaming node beside the library's, on the same picture in turn: medians of five."""
+    memory = sys.modules[f"{h.core.__name__}.memory"]
+    image, cpu = picture(135, 240), h.torch.device("cpu")
+    model, network = h.default(), h.core.load_infdit()
+    ways = {
+        "library": lambda: h.core.upscale(image, model=network, scale=4.0, seed=3, preset="faithful"),
+        "node": lambda: h.run("InfDiTUpscaleTiled", model=model, image=image, **TILED | {"preset": "faithful"}),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(6):
+        for name, way in ways.items():
+            memory.reset_peak_memory(cpu)
+            before, started = memory.peak_memory(cpu), time.process_time()
+            way()
+            seconds[name].append(time.process_time() - started)
+            peaks[name].append((memory.peak_memory(cpu) - before) / 2**20)
+    for name in ways:  # the first round warms up
+        print(f"{name}: {median(seconds[name][1:]):.2f} s of CPU, {median(peaks[name][1:]):.0f} MiB more")
+    ratio = median(b / a for a, b in zip(seconds["library"][1:], seconds["node"][1:], strict=True))
+    print(f"node / library: time {ratio:.3f}, memory {median(peaks['node'][1:]) / median(peaks['library'][1:]):.3f}")
+
+
+def main(host: str, pack: str, folder: str, what: str = "checks") -> None:
+    """Load the pack as the host does, and run every check, or `measure`."""
     (Path(folder) / "models" / "infdit").mkdir(parents=True)
     os.chdir(host)
     sys.path.insert(0, host)
@@ -606,6 +632,9 @@ def main(host: str, pack: str, folder: str) -> None:
 
     torch.set_num_threads(1)
     helper = Helper(Path(pack), Path(folder))
+    if what == "measure":
+        measure(helper)
+        return
     results: dict[str, str | None] = {}
     for function in CHECKS:
         started = time.monotonic()

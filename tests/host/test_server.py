@@ -106,7 +106,7 @@ def test_graphs_run_to_a_picture(server: Server, graph: Graph) -> None:
     assert run.outcome == "execution_success", run.of("execution_error")
     found = pixels(run)
     assert found.shape == (128, 192, 3)
-    small = Image.open(PACK / "examples" / "osprey.png").convert("RGB")
+    small = Image.open(PACK / "docs" / "osprey.png").convert("RGB")
     crop = np.asarray(small.crop((25, 0, 295, 180)).resize((192, 128)), dtype=np.int32)  # ImageScale's centre crop
     means = [x.reshape(8, 16, 12, 16, 3).mean((1, 3)) for x in (found, crop)]
     assert np.abs(means[0] - means[1]).max() < 10, "not the same picture"
