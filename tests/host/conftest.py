@@ -74,6 +74,7 @@ class Run(NamedTuple):
     outcome: str  # execution_success, execution_error or execution_interrupted
     events: list[dict[str, Any]]
     previews: list[bytes]  # encoded pictures
+    texts: list[str]  # shown on nodes
     pictures: list[bytes]  # the files of the saving nodes
     times: dict[str, float]  # of the interrupt and the end, seconds since the prompt was queued
 
@@ -169,6 +170,7 @@ class Server:
         socket_ = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=timeout)
         events: list[dict[str, Any]] = []
         previews: list[bytes] = []
+        texts: list[str] = []
         times: dict[str, float] = {}
         try:
             started = time.monotonic()
@@ -185,6 +187,9 @@ class Server:
                 message = socket_.recv()
                 if isinstance(message, bytes):
                     kind, second = struct.unpack(">II", message[:8])
+                    if kind == 3:
+                        texts.append(message[8 + second :].decode())
+                        continue
                     previews.append(message[8:] if kind == 1 else message[8 + second :])  # 4: with metadata
                     if len(previews) == interrupt_after_previews:
                         interrupt()
@@ -194,7 +199,7 @@ class Server:
                 ends = ("execution_success", "execution_error", "execution_interrupted")
                 if event["type"] in ends and event["data"].get("prompt_id") == prompt_id:
                     times["end"] = time.monotonic() - started
-                    return Run(event["type"], events, previews, self._pictures(prompt_id), times)
+                    return Run(event["type"], events, previews, texts, self._pictures(prompt_id), times)
         finally:
             socket_.close()
 

@@ -3,11 +3,12 @@
 import io
 import json
 import shutil
+import subprocess
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEFAULT_WEIGHTS, PACK, Refused, Run, Server  # type: ignore[import-not-found]
+from conftest import DEFAULT_WEIGHTS, PACK, Host, Refused, Run, Server  # type: ignore[import-not-found]
 from PIL import Image
 
 Graph = dict[str, Any]
@@ -19,6 +20,9 @@ NODES = [
     "InfDiTToImage",
     "InfDiTHeunSampler",
     "InfDiTSchedule",
+    "InfDiTLoadCLIP",
+    "InfDiTSemanticEncode",
+    "InfDiTTextSteering",
 ]
 TARGET = {"size_by": "scale", "scale": 4.0, "width": 0, "height": 0, "longest_side": 4096}
 SHIPPED = "default (shipped)"
@@ -77,7 +81,7 @@ def test_nodes_are_announced(server: Server) -> None:
         info = known[name]
         assert info["display_name"] and info["description"] and info["category"].startswith("image/upscaling")
         assert info["output_name"] and not set(info["output_name"]) & {"IMAGE", "MODEL", "LATENT", "SIGMAS"}
-        for kind in info["input"].values():
+        for kind in (info["input"].get("required", {}), info["input"].get("optional", {})):
             assert all(entry[1]["tooltip"] for entry in kind.values()), name
     (models, *_) = known["InfDiTLoader"]["input"]["required"]["model_name"]
     models = (
@@ -110,6 +114,33 @@ def test_graphs_run_to_a_picture(server: Server, graph: Graph) -> None:
     crop = np.asarray(small.crop((25, 0, 295, 180)).resize((192, 128)), dtype=np.int32)  # ImageScale's centre crop
     means = [x.reshape(8, 16, 12, 16, 3).mean((1, 3)) for x in (found, crop)]
     assert np.abs(means[0] - means[1]).max() < 10, "not the same picture"
+
+
+TOWER = """
+import sys, open_clip, safetensors.torch
+vision = {"image_size": 64, "layers": 1, "width": 64, "patch_size": 16}
+clip = open_clip.CLIP(768, vision, {"width": 64, "heads": 1, "layers": 1})
+safetensors.torch.save_file(dict(clip.state_dict()), sys.argv[1])
+"""
+
+
+def test_semantics_and_their_report(server: Server, host: Host) -> None:
+    """With a CLIP of random weights, through a network that doesn't listen: the wiring, not the effect."""
+    path = server.base / "models" / "infdit" / "tower.safetensors"
+    if subprocess.run([host.python, "-c", TOWER, str(path)], capture_output=True, check=False).returncode:
+        pytest.skip("open_clip is not installed beside this host")
+    steering = {"positive": "clear", "negative": "noisy", "strength": 2.0}
+    graph = tiled(seed=5, semantic=["12", 0]) | {
+        "10": node("InfDiTLoadCLIP", clip_name=path.name),
+        "11": node("InfDiTSemanticEncode", image=["2", 0], view="squares", clip=["10", 0]),
+        "12": node("InfDiTTextSteering", semantic=["11", 0], clip=["10", 0], **steering),
+    }
+    run = server.run(graph)
+    assert run.outcome == "execution_success", run.of("execution_error")
+    (report,) = run.texts
+    assert "positive: " in report and "negative: " in report and " -> " in report
+    assert np.array_equal(pixels(run), pixels(server.run(tiled(seed=5))))
+    assert "trained without semantics" in server.log.read_text()
 
 
 def test_progress_and_previews_arrive(server: Server) -> None:
