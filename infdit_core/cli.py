@@ -17,8 +17,8 @@ from .images import READABLE, Picture, PictureError, check_writable, read_pictur
 from .infdit import InfDiT
 from .infdit.checkpoint import convert, describe, load_infdit
 from .memory import out_of_memory, peak_memory, reset_peak_memory
-from .semantics import VIEWS, download_clip, load_clip, steer_by_text
-from .upscale import TileSize, UpscaleProgress, target_size, upscale
+from .semantics import VIEWS, Clip, Steering, download_clip, load_clip
+from .upscale import TileSize, UpscaleProgress, semantics_matter, target_size, upscale
 from .weights import WeightsError, open_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -244,33 +244,33 @@ def _upscale_one(
 class _Semantics:
     """What CLIP sees, and where prompts steer it, if --clip is there. On the CPU, for it runs once a picture."""
 
+    clip: Clip | None = None
+    steering: Steering | None = None
+
     def __init__(self, options: argparse.Namespace, model: InfDiT) -> None:
-        self.options, self.clip = options, None
-        if options.clip is None:
-            if options.prompt or options.negative:
-                raise ValueError("prompts steer what CLIP sees: say --clip FILE, or --clip download")
+        wanted = options.clip is not None or options.prompt or options.negative
+        if not wanted or not semantics_matter(model):
             return
-        path = options.clip
-        if path == "model":
-            if options.model == "default":
-                raise ValueError("the default weights hold no CLIP: give --model FILE, or --clip FILE")
-            path = options.model
-        self.clip = load_clip(download_clip() if path == "download" else path)
+        path, self.view = options.clip, options.view
+        if path is None:
+            raise ValueError("prompts steer what CLIP sees: say --clip FILE, or --clip download")
+        if path in ("model", "download"):
+            path = options.model if path == "model" else download_clip()
+        self.clip = load_clip(path)
         if self.clip.size != model.config.semantic_size:
             raise ValueError(
                 f"{path} gives vectors of {self.clip.size} numbers, and this network takes "
                 f"{model.config.semantic_size}: use the CLIP that it was trained with"
             )
+        if options.prompt or options.negative:
+            self.steering = Steering(self.clip, options.prompt, options.negative, options.strength)
 
     def seen(self, x: Tensor) -> Tensor | None:
         """x: (1, 3, H, W) in 0..1."""
-        return None if self.clip is None else self.clip.encode_image(x * 2 - 1, self.options.view)
+        return None if self.clip is None else self.clip.encode_image(x * 2 - 1, self.view)
 
     def steered(self, vector: Tensor | None) -> Tensor | None:
-        options = self.options
-        if self.clip is None or vector is None:
-            return vector
-        return steer_by_text(self.clip, vector, options.prompt, options.negative, options.strength)
+        return vector if self.steering is None or vector is None else self.steering(vector)
 
 
 class _ProgressLine:
@@ -452,6 +452,8 @@ def _with_and_without(
         raise PictureError(f"{options.original} holds no picture ({', '.join(READABLE)})")
     device, dtype = _device(options)
     model = load_infdit(None if options.model == "default" else options.model, device, dtype)
+    if not model.uses_semantics:
+        raise ValueError(f"the {options.model} weights were trained without semantics, so there is nothing to compare")
     semantics, scale = _Semantics(options, model), model.config.scale
     rows: dict[str, dict[str, float]] = {}
     for path in originals:
@@ -463,7 +465,7 @@ def _with_and_without(
         small = ((resize(original, (height // scale, width // scale)) * 255).round() / 255).clamp(0, 1)
         seen = semantics.seen(small)
         vectors = {"without": None, "with": seen}
-        if options.prompt or options.negative:
+        if semantics.steering is not None:
             vectors["steered"] = semantics.steered(seen)
         rows[path.stem] = {}
         for name, vector in vectors.items():

@@ -7,8 +7,10 @@ import json
 import logging
 import math
 import re
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, Literal, NamedTuple, get_args
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -48,14 +50,16 @@ def preprocess(
 
     Resizing is bicubic with antialiasing and not clamped. view: "centre", as Inf-DiT was trained, resizes the short
     side to `side` and crops the centre; "squash" resizes both sides; "pad" resizes the long side and fills up with
-    the mean colour; "squares" takes n squares that overlap by half, the first of all pictures first.
+    the mean colour; "squares" takes n squares that overlap by half (at most 32, so less beyond 16:1), the first of all
+    pictures first.
     Raises ValueError for other views.
     """
     x = (x + 1) / 2
     height, width = x.shape[2:]
     short, long = min(height, width), max(height, width)
     if view == "centre":
-        height, width = (min(length, 8 * short) for length in (height, width))  # of a line nobody needs the ends
+        # Of a line nobody needs the ends; as many pixels on both sides, or the centre would move.
+        height, width = (min(n, 8 * short + (n - 8 * short) % 2) for n in (height, width))
         x = _centre(x, height, width)
         x = _centre(resize(x, (side * height // short, side * width // short)), side, side)
     elif view == "squash":
@@ -126,8 +130,8 @@ class Clip:
         """
         if not self.has_text:
             raise ValueError(
-                f"{self.source} holds only the image tower of CLIP, or texts need another library, so it can't read "
-                f"text: give the whole {ARCHITECTURE} {PRETRAINED} of open_clip (open_clip_model.safetensors)"
+                f"{self.source} holds only the image tower of CLIP, or a text tower of Hugging Face's, so it can't "
+                f"read text: give the whole {ARCHITECTURE} {PRETRAINED} of open_clip (open_clip_model.safetensors)"
             )
         tokens = torch.stack([self._tokens(text) for text in texts]).to(self._here()[0])
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
@@ -158,23 +162,35 @@ def load_clip(path: str | Path, device: torch.device | str = "cpu", dtype: torch
     prefix = _prefix(file)
     shapes = {name.removeprefix(prefix): shape for name, shape in file.shapes.items() if name.startswith(prefix)}
     beside = file.path.parent / "open_clip_config.json"
-    described = json.loads(beside.read_text()) if beside.is_file() else {}
+    described = _described(beside) if beside.is_file() else {}
     has_text = any(re.match(r"(text\.)?transformer\.", name) for name in shapes)
-    has_text = has_text and "hf_tokenizer_name" not in described.get("model_cfg", {}).get("text_cfg", {})
+    text_config = described.get("model_cfg", {}).get("text_cfg", {})  # texts of Hugging Face's aren't read here
+    has_text = has_text and not {"hf_tokenizer_name", "hf_model_name"} & set(text_config)
     model_config = described.get("model_cfg") or _vision_transformer(file.path, shapes, has_text)
+    if not described:
+        log.info("%s: read as computing with GELU; if it isn't so, put its %s beside it", file.path, beside.name)
     if model_config.get("quick_gelu"):
         log.warning(
             "%s was trained with QuickGELU, the tower of the published Inf-DiT (%s %s) with GELU: its vectors mean "
             "something else there",
             *(file.path, ARCHITECTURE, PRETRAINED),
         )
-    known = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
-    kind = open_clip.CustomTextCLIP if any(name.startswith("text.") for name in shapes) else open_clip.CLIP
-    with torch.device("meta"):
-        model = kind(**{key: model_config[key] for key in known if key in model_config})
+    try:
+        vision, text = model_config["vision_cfg"], model_config["text_cfg"] if has_text else _NO_TEXT
+        kind = open_clip.CustomTextCLIP if any(n.startswith("text.") for n in shapes) and has_text else open_clip.CLIP
+        with torch.device("meta"):
+            model = kind(model_config["embed_dim"], vision, text, quick_gelu=model_config.get("quick_gelu", False))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{beside} doesn't describe a CLIP of this open_clip ({error})") from error
     if not has_text:
         model = _ImageTower(model.visual)
     wanted = model.state_dict()
+    extra = [name for name in shapes if name not in wanted and name.startswith(("visual.", *(["text"] * has_text)))]
+    if extra:
+        raise WeightsError(
+            f"{file.path} has tensors that the CLIP that its shapes say has not, such as {extra[0]}: put the "
+            f"{beside.name} that belongs to it into the same folder"
+        )
     wrong = {name: (shapes.get(name), tuple(t.shape)) for name, t in wanted.items() if shapes.get(name) != t.shape}
     if wrong:
         name, (found, expected) = next(iter(wrong.items()))
@@ -192,6 +208,19 @@ def load_clip(path: str | Path, device: torch.device | str = "cpu", dtype: torch
     )
 
 
+_NO_TEXT: dict[str, Any] = {"width": 64, "heads": 1, "layers": 1, "vocab_size": 2}  # open_clip asks for some tower
+
+
+def _described(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} can't be read ({error}): get it anew, or take it away") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
+        raise WeightsError(f"{path} has no model_cfg, so it describes no CLIP: get it anew, or take it away")
+    return content
+
+
 class _ImageTower(nn.Module):
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -201,9 +230,11 @@ class _ImageTower(nn.Module):
 def _open_clip() -> Any:
     try:
         import open_clip
+    except ModuleNotFoundError as error:
+        raise ValueError(f"CLIP needs open_clip ({error}): pip install open_clip_torch") from error
     except Exception as error:  # beside an unfit torchvision it isn't only an ImportError
         raise ValueError(
-            f"CLIP needs open_clip, which can't be imported ({error}): pip install open_clip_torch"
+            f"open_clip doesn't load ({error}); most often torchvision is of another version than torch: reinstall it"
         ) from error
     return open_clip
 
@@ -239,8 +270,8 @@ def _vision_transformer(path: Path, shapes: dict[str, tuple[int, ...]], has_text
         size = shapes["visual.proj"][1]
         vision = transformer("visual.transformer.", width)
         vision |= {"patch_size": patch, "image_size": patch * math.isqrt(tokens - 1)}
-        vision["head_width"] = {1280: 80, 1408: 88, 1664: 104}.get(width, 64)  # ViT-H, g and bigG
-        text = {"width": 64, "heads": 1, "layers": 1, "vocab_size": 2}  # of what isn't there
+        vision["head_width"] = {1280: 80, 1408: 88, 1664: 104, 1792: 112}.get(width, 64)  # ViT-H, g, bigG and e
+        text = _NO_TEXT
         if has_text:
             before = "text." if "text.positional_embedding" in shapes else ""
             length, width = shapes[f"{before}positional_embedding"]
@@ -263,18 +294,33 @@ def download_clip() -> Path:
     from huggingface_hub import constants, hf_hub_download
 
     repository = open_clip.pretrained.get_pretrained_cfg(ARCHITECTURE, PRETRAINED)["hf_hub"].rstrip("/")
-    try:  # the library's own retries take half a minute
-        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5):
-            reached = True
-    except OSError as error:
-        reached = isinstance(error, HTTPError)
-    try:
-        return Path(hf_hub_download(repository, "open_clip_model.safetensors", local_files_only=not reached))
-    except Exception as error:  # of several libraries
-        raise OSError(
-            f"{repository} can't be downloaded ({str(error).splitlines()[0]}): get open_clip_model.safetensors from "
-            "there by other means and give its path"
-        ) from error
+    reached = Event()
+
+    def knock() -> (
+        None
+    ):  # the library's own retries take half a minute, and names are looked up for as long as it takes
+        try:
+            with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5):
+                reached.set()
+        except (HTTPError, ssl.SSLError):
+            reached.set()
+        except OSError as error:
+            if isinstance(getattr(error, "reason", None), ssl.SSLError):
+                reached.set()
+
+    Thread(target=knock, daemon=True).start()
+    online = reached.wait(8)
+    error: Exception | None = None
+    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
+        try:
+            return Path(hf_hub_download(repository, name, local_files_only=not online))
+        except Exception as found:  # of several libraries
+            error = error or found
+    why = str(error) if online else f"{constants.ENDPOINT} doesn't answer"
+    raise OSError(
+        f"{repository} can't be downloaded ({why}): get open_clip_model.safetensors from there by other means and give "
+        "its path"
+    ) from error
 
 
 # --- text
@@ -290,7 +336,7 @@ def phrases(prompt: str) -> list[Phrase]:
     found = []
     for part in re.split(r"[|\n]", prompt):
         text = part.strip()
-        if weighted := re.fullmatch(r"\((.*):\s*([^:]*)\)", text, re.DOTALL):
+        if weighted := re.fullmatch(r"\(([^()]*):\s*([^:()]*)\)", text):
             try:
                 text, weight = weighted[1].strip(), float(weighted[2])
             except ValueError:
@@ -299,6 +345,8 @@ def phrases(prompt: str) -> list[Phrase]:
                 raise ValueError(f"the weight in {part.strip()!r} must be above 0")
         else:
             weight = 1.0
+        if re.search(r"\([^()]*:\s*[\d.]+\)", text):
+            raise ValueError(f"{part.strip()!r} has a weight inside a phrase: keep weighted phrases apart by |")
         if text:
             found.append(Phrase(text, weight))
     return found
@@ -316,26 +364,36 @@ def encode_prompt(clip: Clip, prompt: str) -> Tensor | None:
 def steer(image_vector: Tensor, positive: Tensor, negative: Tensor, strength: float = 2.0) -> Tensor:
     """normalise(n(image) + strength * n(positive) - strength * n(negative)), n = division by the L2 norm.
 
-    image_vector: (B, D); positive, negative: (1 or B, D), CLIP text vectors. Returns unit vectors (B, D).
+    image_vector: (B, D); positive, negative: (1 or B, D), CLIP text vectors. Returns unit vectors (B, D); with
+    strength 0 the image's, normalised once.
     """
+    if not strength:
+        return F.normalize(image_vector, dim=-1)
     image, good, bad = (F.normalize(v, dim=-1) for v in (image_vector, positive, negative))
     return F.normalize(image + strength * good - strength * bad, dim=-1)
 
 
-def steer_by_text(clip: Clip, image_vector: Tensor, positive: str, negative: str, strength: float = 2.0) -> Tensor:
-    """`steer` by prompts (see `phrases`). One that is empty doesn't count; strength 0 or two empty ones change nothing.
+class Steering:
+    """Prompts (see `phrases`), encoded once, to steer pictures by. One that is empty doesn't count.
 
-    Raises ValueError without a text tower, or for vectors of another width.
+    Raises ValueError for prompts that can't be read, without a text tower, or for a strength that is no number.
     """
-    if image_vector.shape[-1] != clip.size:
-        raise ValueError(
-            f"the picture's vector has {image_vector.shape[-1]} numbers, this CLIP's have {clip.size}: use the CLIP "
-            "that encoded the picture"
-        )
-    if not math.isfinite(strength):
-        raise ValueError(f"strength is {strength}: it must be a number")
-    encoded = [encode_prompt(clip, prompt) if strength else None for prompt in (positive, negative)]
-    if all(vector is None for vector in encoded):
-        return image_vector
-    good, bad = (torch.zeros_like(image_vector) if v is None else v.to(image_vector) for v in encoded)
-    return steer(image_vector, good, bad, strength)
+
+    def __init__(self, clip: Clip, positive: str, negative: str, strength: float = 2.0) -> None:
+        if not math.isfinite(strength):
+            raise ValueError(f"strength is {strength}: it must be a number")
+        self.size, self.strength = clip.size, strength
+        self.positive, self.negative = (encode_prompt(clip, p) if strength else None for p in (positive, negative))
+
+    def __call__(self, image_vector: Tensor) -> Tensor:
+        """`steer` of (B, size); strength 0 or no words change nothing. Raises ValueError for another width."""
+        if image_vector.shape[-1] != self.size:
+            raise ValueError(
+                f"the picture's vector has {image_vector.shape[-1]} numbers, this CLIP's have {self.size}: use "
+                "the CLIP that encoded the picture"
+            )
+        if self.positive is None and self.negative is None:
+            return image_vector
+        nothing = torch.zeros_like(image_vector)
+        good, bad = (nothing if v is None else v.to(image_vector) for v in (self.positive, self.negative))
+        return steer(image_vector, good, bad, self.strength)

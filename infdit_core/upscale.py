@@ -122,7 +122,12 @@ def upscale(
     if colour not in ("none", "wavelet", "mean"):
         raise ValueError(f"colour is {colour!r}: it must be none, wavelet or mean")
     model = model or _default_model()
-    semantic = semantic_for(model, semantic)
+    if semantic is not None and not semantics_matter(model):
+        semantic = None
+    if semantic is not None and (semantic.ndim != 2 or len(semantic) not in (1, len(image))):
+        raise ValueError(f"semantic has shape {tuple(semantic.shape)}: it must be one vector, or {len(image)}")
+    if semantic is not None and not semantic.isfinite().all():
+        raise ValueError("semantic holds values that are not numbers (NaN or infinite)")
     schedule = _schedule(model.config, preset, steps, start, sigmas)
     size = target_size(image.shape[1], image.shape[2], scale=scale, size=size)
     passes = _passes((image.shape[1], image.shape[2]), size, model.config.scale)
@@ -165,12 +170,11 @@ def upscale(
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def semantic_for(model: InfDiT, semantic: Tensor | None) -> Tensor | None:
-    """The vectors, None where the weights were trained without and ignore them, which is said once."""
-    if semantic is None or model.uses_semantics:
-        return semantic
-    _say_ignored()
-    return None
+def semantics_matter(model: InfDiT) -> bool:
+    """Whether a semantic vector changes anything; where it doesn't, this says so, once."""
+    if not model.uses_semantics:
+        _say_ignored()
+    return model.uses_semantics
 
 
 @lru_cache(maxsize=1)

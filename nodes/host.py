@@ -384,23 +384,22 @@ def vision_vectors(clip_vision: Any, x: Tensor, view: semantics.View) -> Tensor:
     management.load_model_gpu(clip_vision.patcher)
     statistics = (clip_vision.image_mean, clip_vision.image_std)
     seen = semantics.preprocess(x, clip_vision.image_size, view, *statistics).to(clip_vision.load_device)
-    vectors = clip_vision.model(pixel_values=seen, intermediate_output=-2)[2].float()
-    return on_result_device(semantics.mean_of_views(vectors, len(x)))
+    parts = [clip_vision.model(pixel_values=part, intermediate_output=-2)[2].float() for part in seen.split(8)]
+    return on_result_device(semantics.mean_of_views(torch.cat(parts), len(x)))
 
 
 def steer(clip: Any, vectors: Tensor, positive: str, negative: str, strength: float) -> tuple[Tensor, str]:
     """The vectors steered by text, and a report: how similar they are to both texts before and after."""
     clip = _clip_of(clip)
     with _in_use(clip.patcher):
-        steered = semantics.steer_by_text(clip.clip, vectors, positive, negative, strength)
-        texts = {"positive": positive, "negative": negative}
-        encoded = {name: semantics.encode_prompt(clip.clip, text) for name, text in texts.items()}
+        steering = semantics.Steering(clip.clip, positive, negative, strength)
+    steered = steering(vectors)
     lines = [
         f"{name}: {(vectors @ text.to(vectors).T).mean():.3f} -> {(steered @ text.to(vectors).T).mean():.3f}"
-        for name, text in encoded.items()
+        for name, text in (("positive", steering.positive), ("negative", steering.negative))
         if text is not None
     ]
-    return on_result_device(steered), "\n".join(["similarity to", *lines]) if lines else "no text: nothing to steer by"
+    return on_result_device(steered), "\n".join(["similarity to", *lines]) if lines else "nothing to steer by"
 
 
 def show_text(text: str, node_id: Any) -> None:

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit_core.images import resize
-from ..infdit_core.upscale import pad_and_enlarge, semantic_for
+from ..infdit_core.upscale import pad_and_enlarge, semantics_matter
 from . import host
 from .semantics import Semantic
 from .target import result_size, target_inputs
@@ -63,7 +63,8 @@ class InfDiTConditioning(io.ComfyNode):
         if least[0] > x.shape[2] or least[1] > x.shape[3]:
             x = resize(x, (max(least[0], x.shape[2]), max(least[1], x.shape[3]))).clamp(-1, 1)
         low_res, upsampled = pad_and_enlarge(x, config)
-        semantic = semantic_for(network, semantic)
+        if semantic is not None and not semantics_matter(network):
+            semantic = None
         entries = {host.LOW_RES: low_res} | ({} if semantic is None else {host.SEMANTIC: semantic})
         # The host's nodes for CONDITIONING want a tensor of text tokens; the network has none.
         conditioning = [[torch.zeros(len(image), 1, 1), entries]]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ from infdit_core.semantics import (
     VIEWS,
     Clip,
     Phrase,
+    Steering,
     download_clip,
     encode_prompt,
     load_clip,
     phrases,
     preprocess,
-    steer_by_text,
+    steer,
 )
 from infdit_core.upscale import _say_ignored
 
@@ -156,9 +158,10 @@ def test_phrases() -> None:
         Phrase("fur", 1),
     ]
     assert phrases("(a: b: 2)") == [Phrase("a: b", 2)]
+    assert phrases("a (small) bird") == [Phrase("a (small) bird", 1)]
     assert phrases("(in brackets)") == [Phrase("(in brackets)", 1)]
     assert phrases(" | \n") == []
-    for wrong in ("(a:b)", "(a:0)", "(a:nan)", "(a:-1)"):
+    for wrong in ("(a:b)", "(a:0)", "(a:nan)", "(a:-1)", "(a:1.2), (b:1.5)", "(a:1.2) and b"):
         with pytest.raises(ValueError, match="weight"):
             phrases(wrong)
 
@@ -174,15 +177,14 @@ def test_a_prompt_is_the_weighted_mean_of_its_phrases(small: Clip, assert_close:
 def test_steering_by_text(small: Clip, assert_close: CloseTo) -> None:
     image = small.encode_image(pictures(64, 64, count=2))
     good, bad = small.encode_text(["clear", "noisy"]).split(1)
-    assert_close(
-        steer_by_text(small, image, "clear", "noisy", 1.5), F.normalize(image + 1.5 * (good - bad), dim=-1), 1e-6
-    )
-    assert_close(steer_by_text(small, image, "clear", "", 1.0), F.normalize(image + good, dim=-1), 1e-6)
-    assert_close(steer_by_text(small, image, "", "noisy", 1.0), F.normalize(image - bad, dim=-1), 1e-6)
-    assert torch.equal(steer_by_text(small, image, "clear", "noisy", 0.0), image)
-    assert torch.equal(steer_by_text(small, image, " ", "|", 2.0), image)
+    assert_close(Steering(small, "clear", "noisy", 1.5)(image), F.normalize(image + 1.5 * (good - bad), dim=-1), 1e-6)
+    assert_close(Steering(small, "clear", "", 1.0)(image), F.normalize(image + good, dim=-1), 1e-6)
+    assert_close(Steering(small, "", "noisy", 1.0)(image), F.normalize(image - bad, dim=-1), 1e-6)
+    assert torch.equal(Steering(small, "clear", "noisy", 0.0)(image), image)
+    assert torch.equal(Steering(small, " ", "|", 2.0)(image), image)
+    assert torch.equal(steer(5 * image, good, bad, 0.0), F.normalize(5 * image, dim=-1))
     with pytest.raises(ValueError, match=r"768 numbers.*48"):
-        steer_by_text(small, torch.ones(1, 768), "clear", "noisy")
+        Steering(small, "clear", "noisy")(torch.ones(1, 768))
 
 
 def test_long_text_is_cut_and_said_so(small: Clip, caplog: pytest.LogCaptureFixture) -> None:
@@ -242,6 +244,30 @@ def test_other_files_are_refused(tmp_path: Path, names: list[str], said: str) ->
         load_clip(tmp_path / "other.safetensors")
 
 
+def test_a_file_with_more_than_its_shapes_say_is_refused(tmp_path: Path) -> None:
+    state = made("small ViT").state_dict() | {"visual.transformer.resblocks.0.ls_1.gamma": torch.ones(128)}
+    save_file(state, tmp_path / "clip.safetensors")
+    with pytest.raises(WeightsError, match=r"ls_1\.gamma.*open_clip_config\.json"):
+        load_clip(tmp_path / "clip.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model_cfg": {"embed_dim": 3}}',
+        '{"model_cfg": {"embed_dim": 3, "vision_cfg": {"a": 1}, "text_cfg": {}}}',
+    ],
+)
+def test_a_bad_description_is_refused(tmp_path: Path, content: str) -> None:
+    path = saved(tmp_path, "small ViT")
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(WeightsError, match=r"open_clip_config\.json"):
+        load_clip(path)
+
+
 def test_a_file_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     state = made("small ViT").state_dict()
     del state["visual.ln_post.bias"]
@@ -288,9 +314,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP, a network that listens to it, one that doesn't, and two photographs."""
     folder = tmp_path_factory.mktemp("shell")
     saved(folder, "small ViT")
-    for name in ("listens", "deaf"):
+    for name in ("listens", "deaf", "narrow"):
         generator = torch.Generator().manual_seed(0)
-        model = InfDiT(TINY)
+        model = InfDiT(replace(TINY, semantic_size=32) if name == "narrow" else TINY)
         model.initialise(generator)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -349,7 +375,7 @@ def test_upscale_listens_to_clip_and_prompts(
 
     x = read_picture(folder / "photographs" / "0.png").pixels[None]
     tower, network = load_clip(folder / "clip.safetensors"), load_infdit(folder / "listens.safetensors")
-    vector = steer_by_text(tower, tower.encode_image(x.movedim(-1, 1) * 2 - 1), "clear", "noisy")
+    vector = Steering(tower, "clear", "noisy")(tower.encode_image(x.movedim(-1, 1) * 2 - 1))
     assert_close(steered, upscale(x, model=network, scale=4, semantic=vector)[0], 1 / 255)
     capsys.readouterr()
 
@@ -358,17 +384,16 @@ def test_weights_without_semantics_say_so_once(folder: Path, tmp_path: Path, cap
     _say_ignored.cache_clear()
     clip = ["--clip", str(folder / "clip.safetensors")]
     assert torch.equal(upscaled(folder, tmp_path, *clip, model="deaf"), upscaled(folder, tmp_path, model="deaf"))
-    upscaled(folder, tmp_path, *clip, model="deaf")
+    upscaled(folder, tmp_path, "--prompt", "clear", model="deaf")
     assert [r.message for r in caplog.records if "without semantics" in r.message] == [caplog.records[0].message]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--prompt", "clear"], "--clip FILE"),
-        (["--clip", "model"], "hold no CLIP"),
+        (["--prompt", "clear", "--model", "listens.safetensors"], "--clip FILE"),
         (["--clip", "model", "--model", "listens.safetensors"], "holds no CLIP"),
-        (["--clip", "clip.safetensors"], "gives vectors of 48 numbers, and this network takes 768"),
+        (["--clip", "clip.safetensors", "--model", "narrow.safetensors"], "48 numbers, and this network takes 32"),
         (["--clip", "clip.safetensors", "--model", "listens.safetensors", "--prompt", "(a:b)"], "weight"),
         (["--clip", "clip.safetensors", "--model", "listens.safetensors", "--prompt", "a", "--strength", "nan"], "nan"),
     ],
@@ -392,3 +417,13 @@ def test_eval_compares_with_and_without(folder: Path, capsys: pytest.CaptureFixt
         assert len({found["mean"][f"{name}_{key}"] for name in ("without", "with", "steered")}) == 3
     assert main(command) == 1
     assert "--clip FILE" in capsys.readouterr().err
+    deaf = [word.replace("listens", "deaf") for word in command]
+    assert main([*deaf, "--clip", str(folder / "clip.safetensors")]) == 1
+    assert "trained without semantics" in capsys.readouterr().err
+
+
+def test_vectors_that_do_not_fit_are_refused(folder: Path) -> None:
+    network, images = load_infdit(folder / "listens.safetensors"), torch.zeros(2, 4, 4, 3)
+    for vectors, said in ((torch.ones(3, 48), r"one vector, or 2"), (torch.full((1, 48), torch.nan), "NaN")):
+        with pytest.raises(ValueError, match=said):
+            upscale(images, model=network, scale=2, semantic=vectors)

@@ -35,8 +35,10 @@ from infdit_core.infdit.keys import key_table
 from infdit_core.infdit.lora import apply_lora, open_lora
 from infdit_core.semantics import load_clip
 from infdit_core.training import checkpoints, loop
-from infdit_core.training.config import OptimizerConfig, TrainConfig, parse
+from infdit_core.training.config import LossConfig, OptimizerConfig, TrainConfig, parse
+from infdit_core.training.data import Batch
 from infdit_core.training.losses import training_loss
+from infdit_core.training.validation import Held, validate
 from infdit_core.weights import open_weights
 
 CloseTo = Callable[..., None]
@@ -564,8 +566,25 @@ def test_what_clip_sees_is_learnt(whole: Path, tiny: list[str], tmp_path: Path) 
     given = {"model": network, "scale": 4, "preset": "faithful"}
     with_it, without = (upscale(picture.movedim(1, -1), semantic=v, **given) for v in (vector, None))
     assert not torch.equal(with_it, without)
+    with pytest.raises(ValueError, match=r"clip was .* is "):
+        train(*tiny, "network.semantic_size=48", f"out={tmp_path / 'run'}", "steps=5")
+    with pytest.raises(ValueError, match="LoRA leaves the way for semantics"):
+        train(*tiny, "lora.rank=2", f"start_from={whole / 'weights.safetensors'}", f"clip={clip}", f"out={tmp_path}/x")
     with pytest.raises(ValueError, match=r"48 numbers, and the network takes 8: say network\.semantic_size=48"):
         train(*tiny, f"clip={clip}", f"out={tmp_path / 'other'}")
+
+
+def test_validation_tells_the_network_what_clip_sees(whole: Path) -> None:
+    network, generator = load_infdit(whole / "weights.safetensors"), torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(network.semantic_out.weight, std=0.5, generator=generator)
+    original, low_res = (torch.rand(1, 3, side, side, generator=generator) * 2 - 1 for side in (32, 8))
+    figures = []
+    for vector in (None, torch.ones(1, 8)):
+        held = Held(original / 2 + 0.5, {"clean": Batch(original, low_res, original, vector)})
+        ((found, _),) = validate(network, LossConfig(), [held], ["faithful"], None)
+        figures.append(found)
+    for key in figures[0]:
+        assert (figures[0][key] == figures[1][key]) == ("bicubic" in key), key
 
 
 def test_a_file_with_another_network_is_refused(whole: Path, tiny: list[str], tmp_path: Path) -> None:
@@ -678,7 +697,7 @@ def prepared(tiny: list[str], *changed: str) -> tuple[Any, loop.State, TrainConf
     model, state = loop._prepare(network, config, fabric)
     pictures = loop._Pictures(loop.find_pictures(config.data.train, 32)[0], [], [], 32)
     report = loop._Report(config, network.config, state, fabric, None)
-    return model, state, config, loop._batches(pictures, config, network.config, None, 0, fabric, report), fabric
+    return model, state, config, loop._batches(pictures, config, network.config, 0, fabric, report), fabric
 
 
 def test_averaged_weights_come_and_go(tiny: list[str]) -> None:

@@ -12,11 +12,23 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from towers import saved
 
 from infdit_core.images import resize
+from infdit_core.semantics import load_clip
 from infdit_core.training import data
 from infdit_core.training.config import DataConfig
-from infdit_core.training.data import Crops, DataError, PictureFile, decodable, detail, find_pictures, loader, reduce
+from infdit_core.training.data import (
+    Crops,
+    DataError,
+    PictureFile,
+    decodable,
+    detail,
+    find_pictures,
+    loader,
+    looked_at,
+    reduce,
+)
 
 CloseTo = Callable[..., None]
 
@@ -368,3 +380,11 @@ def test_margins_line_up_with_the_original(pictures: list[PictureFile], assert_c
     assert_close(batch.low_res[:, :, 4:-4, 4:-4][inner], alone.low_res[inner], 1.01 / 127.5)
     wide = (..., slice(8, -8), slice(8, -8))
     assert (batch.upsampled[wide] - alone.upsampled[wide]).abs().max() < 3 / 127.5
+
+
+def test_clip_sees_the_crop_without_its_surroundings(photographs: Path, tmp_path: Path) -> None:
+    clip = load_clip(saved(tmp_path, "small ViT"))
+    crops = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = looked_at(reduced(crops, [False, False], margin=16), 4, clip)
+    assert batch.semantic is not None
+    assert torch.equal(batch.semantic, clip.encode_image(batch.low_res[:, :, 4:12, 4:12]))

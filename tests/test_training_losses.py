@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -314,3 +315,26 @@ def test_recomputed_activations_give_the_same_gradients(tiny_model: MakeModel) -
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_clip_sees_what_the_network_is_given(tiny_model: MakeModel, dropout: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    crop = Batch(*(torch.rand(2, 3, side, side, generator=generator) * 2 - 1 for side in (32, 8, 32)))
+    seen, given = [], []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.full((2, 8), 0.5)
+
+    def denoise(noisy: Tensor, sigma: Tensor, low_res: Tensor, **options: Any) -> Tensor:
+        given.append((low_res, options["semantic"]))
+        return noisy
+
+    config = replace(PLAIN, lr_dropout=dropout)
+    clip: Any = SimpleNamespace(encode_image=look)
+    training_loss(denoise, tiny_model().config, config, crop, torch.Generator().manual_seed(1), clip)
+    ((low_res, semantic),) = given
+    assert torch.equal(seen[0], low_res)
+    assert torch.equal(seen[0], crop.low_res) == (dropout == 0)
+    assert torch.equal(semantic, torch.full((2, 8), 0.5))

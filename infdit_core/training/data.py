@@ -264,13 +264,7 @@ class Batch(NamedTuple):
 
 
 def reduce(
-    crops: Tensor,
-    scale: int,
-    margin: int,
-    degraded: Tensor,
-    softness: float,
-    generator: torch.Generator,
-    clip: Clip | None = None,
+    crops: Tensor, scale: int, margin: int, degraded: Tensor, softness: float, generator: torch.Generator
 ) -> Batch:
     """Make the low resolution of (B, 3, side, side) uint8 crops and enlarge it bicubically.
 
@@ -285,7 +279,14 @@ def reduce(
         low_res[degraded] = degrade(x[degraded], scale, generator, softness)
     upsampled = resize(low_res * 2 - 1, (side, side)).clamp(-1, 1)
     inner = slice(margin, side - margin)
-    low_res = low_res * 2 - 1
-    within = slice(margin // scale, (side - margin) // scale)
-    semantic = None if clip is None else clip.encode_image(low_res[:, :, within, within])
-    return Batch(x[:, :, inner, inner] * 2 - 1, low_res, upsampled[:, :, inner, inner], semantic)
+    return Batch(x[:, :, inner, inner] * 2 - 1, low_res * 2 - 1, upsampled[:, :, inner, inner])
+
+
+def looked_at(batch: Batch, scale: int, clip: Clip | None) -> Batch:
+    """The batch with what CLIP sees of its low resolution, without the margin."""
+    if clip is None:
+        return batch
+    side = batch.original.shape[3] // scale
+    margin = (batch.low_res.shape[3] - side) // 2
+    within = slice(margin, margin + side)
+    return batch._replace(semantic=clip.encode_image(batch.low_res[:, :, within, within]))

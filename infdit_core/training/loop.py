@@ -120,9 +120,9 @@ def train(config: TrainConfig) -> Path | None:
             if log is not None:
                 stack.callback(log.close)
             report = _Report(config, network.config, state, fabric, log)
-            batches = _batches(pictures, config, network.config, clip, state.step, fabric, report)
+            batches = _batches(pictures, config, network.config, state.step, fabric, report)
             while state.step < config.steps:
-                norm = _step(model, state, config, batches, fabric)
+                norm = _step(model, state, config, batches, fabric, clip)
                 report.stepped(norm)
                 last = state.step == config.steps
                 stop, wanted = asked.agreed(fabric)
@@ -245,6 +245,11 @@ def _network(config: TrainConfig) -> InfDiT:
         )
     if unknown := [preset for preset in config.presets if preset not in network.config.presets]:
         raise TrainingError(f"presets={unknown}: the network has {', '.join(network.config.presets)}")
+    if config.lora.rank and config.clip and not network.uses_semantics:
+        raise TrainingError(
+            f"clip={config.clip}: a LoRA leaves the way for semantics as it is, and {config.start_from} was trained "
+            "without; say lora.rank=0, or clip=''"
+        )
     if config.lora.rank:
         add_lora(network, config.lora.rank, config.lora.alpha, generator)
     elif not config.clip:  # then these get no gradient
@@ -277,9 +282,11 @@ def _settle(config: TrainConfig, out: Path, fabric: Fabric) -> None:
             changed = differences(parse([str(path)]), config)
             fixed = [key for key in changed if key.startswith(("network.", "lora.", "optimizer.kind"))]
             fixed = [key for key in fixed if key != "network.presets"]
+            if "clip" in changed and not all(changed["clip"]):  # what is trained depends on it
+                fixed.append("clip")
             if fixed:
                 said = ", ".join(f"{key} was {changed[key][0]}, is {changed[key][1]}" for key in fixed)
-                raise TrainingError(f"the run in {out} trains another network: {said}. Say another out=FOLDER")
+                raise TrainingError(f"the run in {out} trains something else: {said}. Say another out=FOLDER")
             for key, (before, now) in changed.items():
                 _say(fabric, f"{key} was {before}, is {now} from here on")
         save(config, path)
@@ -374,7 +381,6 @@ def _batches(
     pictures: _Pictures,
     config: TrainConfig,
     network: InfDiTConfig,
-    clip: Clip | None,
     step: int,
     fabric: Fabric,
     report: "_Report",
@@ -402,7 +408,7 @@ def _batches(
         if not around:
             here = here[:, :, margin : pictures.side - margin, margin : pictures.side - margin]
         degraded = torch.rand(len(here), generator=generator, device=here.device) < config.data.degraded
-        yield reduce(here, network.scale, around, degraded, config.data.softness, generator, clip), generator
+        yield reduce(here, network.scale, around, degraded, config.data.softness, generator), generator
 
 
 def _step(
@@ -411,6 +417,7 @@ def _step(
     config: TrainConfig,
     batches: Iterator[tuple[Batch, torch.Generator]],
     fabric: Fabric,
+    clip: Clip | None = None,
 ) -> float:
     """One step of the optimisers; returns the gradient's norm."""
     for optimizer in state.optimizers:
@@ -420,7 +427,7 @@ def _step(
     for number in range(config.accumulate):
         batch, generator = next(batches)
         with fabric.no_backward_sync(model, enabled=number + 1 < config.accumulate):
-            losses, sigma = training_loss(model, state.network.config, config.loss, batch, generator)
+            losses, sigma = training_loss(model, state.network.config, config.loss, batch, generator, clip)
             fabric.backward(losses.mean() / config.accumulate)
         state.losses.add(losses, sigma)
     # Of all parameters: Fabric's own clips those of one optimiser.

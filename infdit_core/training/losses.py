@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..diffusion import edm
 from ..infdit.config import InfDiTConfig
+from ..semantics import Clip
 from .config import LossConfig
-from .data import Batch
+from .data import Batch, looked_at
 
 
 def unit_weight(sigma: Tensor) -> Tensor:
@@ -59,6 +60,7 @@ def training_loss(
     config: LossConfig,
     batch: Batch,
     generator: torch.Generator,
+    clip: Clip | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (B,) at random noise levels, and these (B,), sigma_max where a sample was without noise.
 
@@ -80,6 +82,7 @@ def training_loss(
             torch.where(dropped, normal(*t.shape).clamp(-1, 1), t) for t in (batch.low_res, batch.upsampled)
         )
         batch = batch._replace(low_res=low_res, upsampled=upsampled)
+    batch = looked_at(batch, network.scale, clip)  # CLIP is no way around the dropout
     mean_asked = regressed < config.regression
     sigma = torch.where(mean_asked, network.sigma_max, sigma)
     noisy = torch.where(mean_asked[:, None, None, None], batch.upsampled, original + sigma[:, None, None, None] * noise)

@@ -18,7 +18,7 @@ from ..metrics import psnr_y, ssim_y
 from ..semantics import Clip
 from ..upscale import upscale
 from .config import DataConfig, LossConfig
-from .data import Batch, Crops, PictureFile, read_pixels, reduce
+from .data import Batch, Crops, PictureFile, looked_at, read_pixels, reduce
 from .losses import loss_at
 
 Lpips = Callable[[Tensor, Tensor], float]
@@ -47,11 +47,10 @@ def held_crops(
         crop = torch.from_numpy(Crops([picture], side, upright, seed=0)[0].pixels).permute(2, 0, 1)[None].to(device)
         generator = torch.Generator(device).manual_seed(number)
         batches = {
-            kind: reduce(
-                crop, scale, 0, torch.tensor([kind == "degraded"], device=device), config.softness, generator, clip
-            )
+            kind: reduce(crop, scale, 0, torch.tensor([kind == "degraded"], device=device), config.softness, generator)
             for kind in kinds
         }
+        batches = {kind: looked_at(batch, scale, clip) for kind, batch in batches.items()}
         held.append(Held(crop.float() / 255, batches))
     return held
 

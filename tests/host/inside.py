@@ -445,7 +445,7 @@ def clip_is_loaded_by_the_host_and_leaves(h: Any) -> None:
         close(found, expected.encode_image(x, view))
     text = {"positive": "clear | (sharp:2)", "negative": "noisy", "strength": 1.5}
     steered = h.run("InfDiTTextSteering", semantic=found, clip=clip, **text)
-    close(steered, h.semantics.steer_by_text(expected, found, *text.values()))
+    close(steered, h.semantics.Steering(expected, *text.values())(found))
     same = h.run("InfDiTTextSteering", semantic=found, clip=clip, **text | {"strength": 0.0})
     assert h.torch.equal(same, found)
     _, report = h.host.steer(clip, found, *text.values())
