@@ -306,11 +306,11 @@ _VISION = "clip_vision"  # the host's folder, where some keep open_clip's files
 
 
 def clip_names() -> list[str]:
-    """What 'Load CLIP' offers: the download, then the files in models/infdit and models/clip_vision."""
+    """What 'Load CLIP' offers: the files of two folders, and after them the download, so that it isn't the default."""
     return [
-        DOWNLOAD,
         *folder_paths.get_filename_list(FOLDER),
         *(f"{_VISION}/{name}" for name in folder_paths.get_filename_list(_VISION)),
+        DOWNLOAD,
     ]
 
 

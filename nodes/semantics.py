@@ -18,6 +18,7 @@ class LoadClip(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        names = host.clip_names()
         return io.Schema(
             node_id="InfDiTLoadCLIP",
             display_name="Load CLIP (Inf-DiT)",
@@ -28,10 +29,10 @@ class LoadClip(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=host.clip_names(),
-                    default=host.DOWNLOAD,
+                    options=names,
+                    default=names[0],
                     tooltip="Files of models/infdit and models/clip_vision: open_clip's, or the published Inf-DiT file "
-                    "(no text then). The first entry fetches 1.7 GB once.",
+                    "(no text then). The last entry fetches 1.7 GB once, with its progress in the console.",
                 )
             ],
             outputs=[Clip.Output(id="clip", display_name="clip", tooltip="For 'Semantic Encode' and 'Text Steering'.")],

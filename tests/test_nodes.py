@@ -653,8 +653,8 @@ def test_clip_loader_offers_both_folders(pack: ModuleType, nodes: dict[str, Any]
     loader, host = nodes["InfDiTLoadCLIP"], pack.nodes.host
     try:
         (choice,) = loader.define_schema().inputs
-        assert choice.options == [host.DOWNLOAD, "own.safetensors", "clip_vision/other.safetensors"]
-        assert [host.clip_path(name) for name in choice.options] == [None, *paths]
+        assert choice.options == ["own.safetensors", "clip_vision/other.safetensors", host.DOWNLOAD]
+        assert [host.clip_path(name) for name in choice.options] == [*paths, None]
         assert len({loader.fingerprint_inputs(clip_name=name) for name in choice.options}) == 3
     finally:
         for path in paths:
