@@ -75,6 +75,25 @@ def model_path(name: str) -> Path | None:
     return Path(found)
 
 
+def fingerprint(find: Callable[[str], Path | None], name: str) -> str:
+    """Changes when the file of a name does, so that the host loads it anew. find: `model_path` or `clip_path`."""
+    try:
+        path = find(name)
+        found = None if path is None else path.stat()
+    except (ValueError, OSError):
+        return "missing"
+    return name + (f" {found.st_size} {found.st_mtime_ns}" if found else "")
+
+
+def is_there(find: Callable[[str], Path | None], name: str) -> bool | str:
+    """For validate_inputs: the host's own check of a combo doesn't say where to put a file that is missing."""
+    try:
+        find(name)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
 # --- the model
 
 

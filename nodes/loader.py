@@ -41,22 +41,11 @@ class LoadInfDiT(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, precision: str) -> str:
-        """Changes when the file does, so that the host loads it anew."""
-        try:
-            path = host.model_path(model_name)
-            found = None if path is None else path.stat()
-        except (ValueError, OSError):
-            return "missing"
-        return f"{model_name} {precision}" + (f" {found.st_size} {found.st_mtime_ns}" if found else "")
+        return host.fingerprint(host.model_path, model_name)  # the host compares the precision itself
 
     @classmethod
     def validate_inputs(cls, model_name: str) -> bool | str:
-        """Takes the check for missing files over from the host, whose message doesn't say where to put one."""
-        try:
-            host.model_path(model_name)
-        except ValueError as error:
-            return str(error)
-        return True
+        return host.is_there(host.model_path, model_name)
 
     @classmethod
     def execute(cls, model_name: str, precision: str) -> io.NodeOutput:

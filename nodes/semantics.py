@@ -40,22 +40,11 @@ class LoadClip(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str) -> str:
-        """Changes when the file does, so that the host loads it anew."""
-        try:
-            path = host.clip_path(clip_name)
-            found = None if path is None else path.stat()
-        except (ValueError, OSError):
-            return "missing"
-        return clip_name + (f" {found.st_size} {found.st_mtime_ns}" if found else "")
+        return host.fingerprint(host.clip_path, clip_name)
 
     @classmethod
     def validate_inputs(cls, clip_name: str) -> bool | str:
-        """Takes the check for missing files over from the host, whose message doesn't say where to put one."""
-        try:
-            host.clip_path(clip_name)
-        except ValueError as error:
-            return str(error)
-        return True
+        return host.is_there(host.clip_path, clip_name)
 
     @classmethod
     def execute(cls, clip_name: str) -> io.NodeOutput:
