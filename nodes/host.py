@@ -15,6 +15,7 @@ import comfy.model_management as management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.ops
+import comfy.patcher_extension
 import comfy.samplers
 import comfy.supported_models_base
 import comfy.utils
@@ -75,8 +76,13 @@ def model_path(name: str) -> Path | None:
     return Path(found)
 
 
-def fingerprint(find: Callable[[str], Path | None], name: str) -> str:
-    """Changes when the file of a name does, so that the host loads it anew. find: `model_path` or `clip_path`."""
+def fingerprint(find: Callable[[str], Path | None], name: str | None) -> str:
+    """Changes when the file of a name does, so that the host loads it anew. find: `model_path` or `clip_path`.
+
+    name: None where it is linked, and not known yet.
+    """
+    if name is None:
+        return "linked"
     try:
         path = find(name)
         found = None if path is None else path.stat()
@@ -85,10 +91,11 @@ def fingerprint(find: Callable[[str], Path | None], name: str) -> str:
     return name + (f" {found.st_size} {found.st_mtime_ns}" if found else "")
 
 
-def is_there(find: Callable[[str], Path | None], name: str) -> bool | str:
+def is_there(find: Callable[[str], Path | None], name: str | None) -> bool | str:
     """For validate_inputs: the host's own check of a combo doesn't say where to put a file that is missing."""
     try:
-        find(name)
+        if name is not None:
+            find(name)
     except ValueError as error:
         return str(error)
     return True
@@ -136,6 +143,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
         self.model_sampling = _Sampling(config)
         self.diffusion_model = network
         self.weight_dtype = weight_dtype
+        self.plan: MemoryPlan | None = None  # of the sampling under way: what ran out of memory isn't tried again
 
     def get_dtype(self) -> torch.dtype:
         return self.weight_dtype
@@ -164,12 +172,13 @@ class InfDiTModel(comfy.model_base.BaseModel):
                 f"needs 3 channels and {wanted[2]} x {wanted[1]}: connect the latent of its 'Inf-DiT Conditioning'."
             )
         rows, cols = (side // network.config.block_size for side in wanted[1:])
-        memory = MemoryPlan(network, rows, cols, "auto")
+        if self.plan is None or self.plan.grid != (rows, cols):
+            self.plan = MemoryPlan(network, rows, cols, "auto")
 
         def denoise(i: int) -> Tensor:
             return denoise_in_memory(
                 network,
-                memory,
+                self.plan,
                 x[i : i + 1],
                 t[i],
                 low_res[i : i + 1],
@@ -209,9 +218,11 @@ def load_model(path: Path | None, precision: str) -> comfy.model_patcher.ModelPa
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(module.weight.to(weight_dtype), requires_grad=False)
     network.compute_device, network.compute_dtype = device, compute_dtype
-    return comfy.model_patcher.ModelPatcher(
+    patcher = comfy.model_patcher.ModelPatcher(
         InfDiTModel(network, weight_dtype), load_device=device, offload_device=management.unet_offload_device()
     )
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, lambda p: setattr(p.model, "plan", None))
+    return patcher
 
 
 PRECISIONS = {
@@ -287,7 +298,7 @@ def upscale(
         settings["sampler"] = _driven(sampler, model, seed)
     try:
         result = upscale_pictures(
-            image, model=network, size=size, seed=seed, tile=blocks, on_progress=_Progress(), **settings
+            image.cpu(), model=network, size=size, seed=seed, tile=blocks, on_progress=_Progress(), **settings
         )
     finally:
         management.soft_empty_cache()
@@ -321,12 +332,14 @@ class _Progress:
 # --- CLIP
 
 DOWNLOAD = f"{semantics.ARCHITECTURE} {semantics.PRETRAINED} (download, 1.7 GB)"
+NO_CLIP = "choose a file"
 _VISION = "clip_vision"  # the host's folder, where some keep open_clip's files
 
 
 def clip_names() -> list[str]:
-    """What 'Load CLIP' offers: the files of two folders, and after them the download, so that it isn't the default."""
+    """What 'Load CLIP' offers: at first nothing, then the files of two folders, and the download."""
     return [
+        NO_CLIP,
         *folder_paths.get_filename_list(FOLDER),
         *(f"{_VISION}/{name}" for name in folder_paths.get_filename_list(_VISION)),
         DOWNLOAD,
@@ -341,7 +354,8 @@ def clip_path(name: str) -> Path | None:
     found = folder_paths.get_full_path(folder, name.removeprefix(f"{_VISION}/"))
     if found is None:
         folders = " or ".join(folder_paths.get_folder_paths(folder))
-        raise WeightsError(f"There is no CLIP file {name!r}: put it into {folders}, or choose {DOWNLOAD!r}.")
+        missing = "No CLIP is chosen" if name == NO_CLIP else f"There is no CLIP file {name!r}"
+        raise WeightsError(f"{missing}: put one into {folders} and choose it, or choose {DOWNLOAD!r}.")
     return Path(found)
 
 
@@ -436,7 +450,8 @@ def _driven(sampler: Any, model: comfy.model_patcher.ModelPatcher, seed: int) ->
     """A SAMPLER of the host as a function with the signature of the library's."""
 
     def run(denoise: samplers.Denoise, x: Tensor, sigmas: Tensor, *, noise: samplers.Noise) -> Tensor:
-        options = {"model_options": {}, "seed": seed}
+        # A sampler may seed its own noise with this, as the start's was: v0.3.64 then draws the very same.
+        options = {"model_options": {}, "seed": seed if isinstance(sampler, _Heun) else (seed + 1) % 2**64}
         # x has its noise already: it goes in as the picture that no noise is added to.
         return sampler.sample(
             _Guider(model, denoise), sigmas.to(x.device), options, None, torch.zeros_like(x), x, None, True
@@ -461,6 +476,10 @@ class _Guider:
         return denoised
 
 
+class _Heun(comfy.samplers.KSAMPLER):
+    """Takes another stream than the initial noise by itself."""
+
+
 def heun_sampler(**churn: float) -> comfy.samplers.KSAMPLER:
     """The library's EDM Heun as a SAMPLER. churn: s_churn, s_tmin, s_tmax, s_noise."""
 
@@ -478,7 +497,7 @@ def heun_sampler(**churn: float) -> comfy.samplers.KSAMPLER:
             return model(noisy, sigma * noisy.new_ones(len(noisy)), **options)
 
         # Another stream than the initial noise, which the host drew from the seed itself.
-        noise = noise_of((options.get("seed") or 0) + 1)
+        noise = noise_of(((options.get("seed") or 0) + 1) % 2**64)
         return samplers.heun(denoise, x, sigmas, noise=noise, callback=callback, **churn)
 
-    return comfy.samplers.KSAMPLER(sample)
+    return _Heun(sample)

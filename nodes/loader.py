@@ -40,11 +40,11 @@ class LoadInfDiT(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, precision: str) -> str:
+    def fingerprint_inputs(cls, model_name: str | None, precision: str | None) -> str:
         return host.fingerprint(host.model_path, model_name)  # the host compares the precision itself
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
+    def validate_inputs(cls, model_name: str | None) -> bool | str:
         return host.is_there(host.model_path, model_name)
 
     @classmethod

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit_core.images import resize
-from ..infdit_core.upscale import pad_and_enlarge, semantics_matter
+from ..infdit_core.upscale import pad_and_enlarge, semantics_matter, target_size
 from . import host
 from .semantics import Semantic
 from .target import result_size, target_inputs
@@ -62,6 +62,7 @@ class InfDiTConditioning(io.ComfyNode):
         least = (math.ceil(size[0] / config.scale), math.ceil(size[1] / config.scale))
         if least[0] > x.shape[2] or least[1] > x.shape[3]:
             x = resize(x, (max(least[0], x.shape[2]), max(least[1], x.shape[3]))).clamp(-1, 1)
+        target_size(*x.shape[2:], scale=config.scale)  # raises where that is too large, whatever the target
         low_res, upsampled = pad_and_enlarge(x, config)
         if semantic is not None and not semantics_matter(network):
             semantic = None

@@ -18,7 +18,6 @@ class LoadClip(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = host.clip_names()
         return io.Schema(
             node_id="InfDiTLoadCLIP",
             display_name="Load CLIP (Inf-DiT)",
@@ -29,8 +28,8 @@ class LoadClip(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=names,
-                    default=names[0],
+                    options=host.clip_names(),
+                    default=host.NO_CLIP,
                     tooltip="Files of models/infdit and models/clip_vision: open_clip's, or the published Inf-DiT file "
                     "(no text then). The last entry fetches 1.7 GB once, with its progress in the console.",
                 )
@@ -39,11 +38,11 @@ class LoadClip(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, clip_name: str) -> str:
+    def fingerprint_inputs(cls, clip_name: str | None) -> str:
         return host.fingerprint(host.clip_path, clip_name)
 
     @classmethod
-    def validate_inputs(cls, clip_name: str) -> bool | str:
+    def validate_inputs(cls, clip_name: str | None) -> bool | str:
         return host.is_there(host.clip_path, clip_name)
 
     @classmethod

@@ -144,6 +144,10 @@ class NoiseScaling:
 class ModelPatcher:
     def __init__(self, model: nn.Module, load_device: torch.device, offload_device: torch.device) -> None:
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
+        self.callbacks: list[tuple[str, Any]] = []
+
+    def add_callback(self, call_type: str, callback: Any) -> None:
+        self.callbacks.append((call_type, callback))
 
 
 class ProgressBar:
@@ -182,6 +186,7 @@ def _comfy() -> dict[str, dict[str, Any]]:
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy.model_sampling": {"ModelSamplingContinuousEDM": ModelSampling, "EDM": NoiseScaling},
         "comfy.ops": {"pick_operations": lambda weight_dtype, compute_dtype: nn},
+        "comfy.patcher_extension": {"CallbacksMP": SimpleNamespace(ON_PRE_RUN="on_pre_run")},
         "comfy.samplers": {"KSAMPLER": KSampler},
         "comfy.supported_models_base": {"BASE": ModelConfig},
         "comfy.utils": {"ProgressBar": ProgressBar},

@@ -652,9 +652,13 @@ def test_clip_loader_offers_both_folders(pack: ModuleType, nodes: dict[str, Any]
     loader, host = nodes["InfDiTLoadCLIP"], pack.nodes.host
     try:
         (choice,) = loader.define_schema().inputs
-        assert choice.options == ["own.safetensors", "clip_vision/other.safetensors", host.DOWNLOAD]
-        assert [host.clip_path(name) for name in choice.options] == [*paths, None]
-        assert len({loader.fingerprint_inputs(clip_name=name) for name in choice.options}) == 3
+        assert choice.options == [host.NO_CLIP, "own.safetensors", "clip_vision/other.safetensors", host.DOWNLOAD]
+        assert [host.clip_path(name) for name in choice.options[1:]] == [*paths, None]
+        assert len({loader.fingerprint_inputs(clip_name=name) for name in choice.options[1:]}) == 3
+        assert "No CLIP is chosen" in loader.validate_inputs(clip_name=host.NO_CLIP)
+        for node, linked in ((loader, {"clip_name": None}), (nodes["InfDiTLoader"], {"model_name": None})):
+            assert node.validate_inputs(**linked) is True
+        assert loader.fingerprint_inputs(clip_name=None) == "linked"
     finally:
         for path in paths:
             path.unlink()

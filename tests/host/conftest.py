@@ -161,10 +161,10 @@ class Server:
         prompt: dict[str, Any],
         *,
         interrupt_after_previews: int | None = None,
-        interrupt_after: float | None = None,
+        interrupt_after_steps: int | None = None,
         timeout: float = 300,
     ) -> Run:
-        """Queue an API-format prompt and follow it to its end, or interrupt it after previews or seconds."""
+        """Queue an API-format prompt and follow it to its end, or interrupt it after so many previews or steps."""
         websocket = pytest.importorskip("websocket", reason="the tests of the server need websocket-client")
         client = uuid.uuid4().hex
         socket_ = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=timeout)
@@ -180,9 +180,6 @@ class Server:
                 times["interrupt"] = time.monotonic() - started
                 self.post("/interrupt", {})
 
-            if interrupt_after is not None:
-                time.sleep(interrupt_after)
-                interrupt()
             while True:
                 message = socket_.recv()
                 if isinstance(message, bytes):
@@ -196,6 +193,8 @@ class Server:
                     continue
                 event = json.loads(message)
                 events.append(event)
+                if event["type"] == "progress" and event["data"]["value"] == interrupt_after_steps:
+                    interrupt()
                 ends = ("execution_success", "execution_error", "execution_interrupted")
                 if event["type"] in ends and event["data"].get("prompt_id") == prompt_id:
                     times["end"] = time.monotonic() - started

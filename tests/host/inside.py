@@ -240,7 +240,10 @@ def out_of_memory_lowers_the_tile(h: Any) -> None:
     try:
         close(h.run("InfDiTUpscaleTiled", model=h.default(), image=image, **TILED), expected)
         assert len(tiles) > 3
-        close(sampled(h, h.default(), image[:, :8, :8], steps=1, seed=1), sampled_before(h, image, original, short))
+        expected = sampled_before(h, image, original, short)
+        tiles.clear()
+        close(sampled(h, h.default(), image, steps=3, seed=1), expected)
+        assert tiles[-5:] == [((1, 1), "cpu")] * 5, "later evaluations go on with what fitted"
         h.InfDiT.denoise = lambda *_, **__: (_ for _ in ()).throw(h.torch.OutOfMemoryError("injected"))
         with says("MiB", "smaller result"):
             h.run("InfDiTUpscaleTiled", model=h.default(), image=image, **TILED)
@@ -251,9 +254,28 @@ def out_of_memory_lowers_the_tile(h: Any) -> None:
 def sampled_before(h: Any, image: Any, original: Any, short: Any) -> Any:
     h.InfDiT.denoise = original
     try:
-        return sampled(h, h.default(), image[:, :8, :8], steps=1, seed=1)
+        return sampled(h, h.default(), image, steps=3, seed=1)
     finally:
         h.InfDiT.denoise = short
+
+
+@check
+def samplers_of_the_host_draw_other_noise_than_the_start(h: Any) -> None:
+    seeds = []
+
+    class Probe:
+        def sample(
+            self, guider: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Any, latent: Any, *_: Any
+        ) -> Any:
+            seeds.append(extra_args["seed"])
+            return latent
+
+    for seed in (3, 2**64 - 1):
+        settings = TILED | {"seed": seed}
+        h.run("InfDiTUpscaleTiled", model=h.default(), image=picture(4, 4), sampler=Probe(), **settings)
+        own = h.run("InfDiTHeunSampler", s_churn=8.0, s_tmin=0.0, s_tmax=1000.0, s_noise=1.0)
+        h.run("InfDiTUpscaleTiled", model=h.default(), image=picture(4, 4), sampler=own, **settings)
+    assert seeds == [4, 0]
 
 
 @check
@@ -620,6 +642,7 @@ def measure(h: Any) -> None:
 
 def main(host: str, pack: str, folder: str, what: str = "checks") -> None:
     """Load the pack as the host does, and run every check, or `measure`."""
+    host, pack, folder = (str(Path(path).resolve()) for path in (host, pack, folder))
     (Path(folder) / "models" / "infdit").mkdir(parents=True)
     os.chdir(host)
     sys.path.insert(0, host)
