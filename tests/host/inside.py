@@ -275,7 +275,7 @@ def samplers_of_the_host_draw_other_noise_than_the_start(h: Any) -> None:
         h.run("InfDiTUpscaleTiled", model=h.default(), image=picture(4, 4), sampler=Probe(), **settings)
         own = h.run("InfDiTHeunSampler", s_churn=8.0, s_tmin=0.0, s_tmax=1000.0, s_noise=1.0)
         h.run("InfDiTUpscaleTiled", model=h.default(), image=picture(4, 4), sampler=own, **settings)
-    assert seeds == [4, 0]
+    assert set(seeds) == {4, 0}  # also asked once to count its evaluations
 
 
 @check
