@@ -394,7 +394,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    measure = _Measure(options)
+    measure = _measure(options)
     originals = sorted(p for p in options.original.iterdir() if p.suffix.lower() in READABLE)
     if options.semantics:
         rows = _with_and_without(options, originals, measure)
@@ -423,27 +423,27 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
-class _Measure:
-    def __init__(self, options: argparse.Namespace) -> None:
-        from .metrics import load_lpips
+_Measurer = Callable[[Tensor, Tensor], dict[str, float]]  # of two (1, 3, H, W) in 0..1, the second the original
 
-        self.lpips = load_lpips(options.lpips) if options.lpips else None
-        self.block = options.block
 
-    def __call__(self, x: Tensor, original: Tensor) -> dict[str, float]:
-        """Both (1, 3, H, W) in 0..1."""
-        from .metrics import psnr_y, seam_energy, ssim_y
+def _measure(options: argparse.Namespace) -> _Measurer:
+    from .metrics import load_lpips, psnr_y, seam_energy, ssim_y
 
+    lpips = load_lpips(options.lpips) if options.lpips else None
+
+    def measure(x: Tensor, original: Tensor) -> dict[str, float]:
         return {
             "psnr_y": psnr_y(x, original),
             "ssim_y": ssim_y(x, original),
-            **({"lpips": self.lpips(x, original)} if self.lpips else {}),
-            "seam_energy": seam_energy(x, self.block),
+            **({"lpips": lpips(x, original)} if lpips else {}),
+            "seam_energy": seam_energy(x, options.block),
         }
+
+    return measure
 
 
 def _with_and_without(
-    options: argparse.Namespace, originals: Sequence[Path], measure: _Measure
+    options: argparse.Namespace, originals: Sequence[Path], measure: _Measurer
 ) -> dict[str, dict[str, float]]:
     """Figures of every picture, reduced and enlarged without CLIP, with it, and steered; names are put before."""
     if options.clip is None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+KEPT: list[torch.library.Library] = []
+
 
 def _import_open_clip() -> Any:
     """A torch without CUDA can lack torchvision's operators; open_clip imports them, and uses none."""
@@ -17,10 +19,10 @@ def _import_open_clip() -> Any:
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
+        operators = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _import_open_clip.library = library  # type: ignore[attr-defined]  # operators go when it does
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        KEPT.append(operators)  # they go when it does
     return pytest.importorskip("open_clip")
 
 
