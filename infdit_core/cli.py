@@ -435,7 +435,7 @@ def _measure(options: argparse.Namespace) -> _Measurer:
         return {
             "psnr_y": psnr_y(x, original),
             "ssim_y": ssim_y(x, original),
-            **({"lpips": lpips(x, original)} if lpips else {}),
+            **({"lpips": float(lpips(x, original))} if lpips else {}),
             "seam_energy": seam_energy(x, options.block),
         }
 

@@ -211,14 +211,19 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bicubic", antialias=True, align_corners=False)
 
 
-def pad_by_reflection(x: Tensor, height: int, width: int) -> Tensor:
-    """Continue (B, C, h, w) to the right and below by reflection, as often as it takes; one pixel is repeated."""
+def pad_by_reflection(x: Tensor, height: int, width: int, before: int = 0) -> Tensor:
+    """Continue (B, C, h, w) by reflection, as often as it takes, to (B, C, height, width); one pixel is repeated.
+
+    before: pixels that come on the left and on top; the rest comes on the other sides.
+    """
 
     def reflected(length: int, target: int) -> Tensor:
         period = max(2 * (length - 1), 1)
-        index = torch.arange(target, device=x.device) % period
+        index = torch.arange(-before, target - before, device=x.device) % period
         return torch.where(index < length, index, period - index)
 
+    if tuple(x.shape[2:]) == (height, width):
+        return x
     return x[:, :, reflected(x.shape[2], height)][..., reflected(x.shape[3], width)]
 
 

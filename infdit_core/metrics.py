@@ -61,8 +61,11 @@ def seam_energy(x: Tensor, block: int, grid: int = 4) -> float:
     return float(torch.cat(on).mean() / torch.cat(elsewhere).mean().clamp(min=1e-12))
 
 
-def load_lpips(path: str | os.PathLike[str]) -> Callable[[Tensor, Tensor], float]:
-    """LPIPS v0.1 on AlexNet (arXiv 1801.03924, eq. 1), a distance of two (1, 3, H, W) pictures in 0..1.
+Lpips = Callable[[Tensor, Tensor], Tensor]  # pictures (B, 3, H, W) in 0..1, twice -> distances (B,)
+
+
+def load_lpips(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Lpips:
+    """LPIPS v0.1 on AlexNet (arXiv 1801.03924, eq. 1), a distance that gradients pass.
 
     path: a file with AlexNet's `features.N.weight|bias` (torchvision's numbers) and the heads' `linN.model.1.weight`.
     Written out here because the package lpips needs torchvision, which has no build beside a CPU-only torch.
@@ -76,9 +79,9 @@ def load_lpips(path: str | os.PathLike[str]) -> Callable[[Tensor, Tensor], float
     missing = [name for name in names if name not in file.shapes]
     if missing:
         raise WeightsError(f"{file.path} is no LPIPS file for AlexNet: it lacks {missing[0]}")
-    weights = {name: file.read(name).float() for name in names}
-    shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
-    deviation = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+    weights = {name: file.read(name).to(device, torch.float32) for name in names}
+    shift = torch.tensor([-0.030, -0.088, -0.188], device=device)[:, None, None]
+    deviation = torch.tensor([0.458, 0.448, 0.450], device=device)[:, None, None]
 
     def features(x: Tensor) -> list[Tensor]:
         x = (x * 2 - 1 - shift) / deviation
@@ -88,14 +91,14 @@ def load_lpips(path: str | os.PathLike[str]) -> Callable[[Tensor, Tensor], float
                 x = F.max_pool2d(x, 3, 2)
             weight, bias = weights[f"features.{n}.weight"], weights[f"features.{n}.bias"]
             x = F.relu(F.conv2d(x, weight, bias, stride, padding))
-            levels.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+            levels.append(x / (x.square().sum(1, keepdim=True) + 1e-20).sqrt())
         return levels
 
-    @torch.no_grad()
-    def distance(x: Tensor, original: Tensor) -> float:
+    def distance(x: Tensor, original: Tensor) -> Tensor:
         pairs = zip(features(x), features(original), strict=True)
         heads = (weights[f"lin{i}.model.1.weight"] for i in range(len(convolutions)))
-        return float(sum(F.conv2d((a - b).square(), head).mean() for (a, b), head in zip(pairs, heads, strict=True)))
+        levels = [F.conv2d((a - b).square(), head).mean((1, 2, 3)) for (a, b), head in zip(pairs, heads, strict=True)]
+        return torch.stack(levels).sum(0)
 
     return distance
 

@@ -1,10 +1,11 @@
 """The main job: picture in, bigger picture out."""
 
+import itertools
 import logging
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class UpscaleProgress(NamedTuple):
     """What `upscale` reports after every tile."""
 
     fraction: float  # of all the work, 0..1
-    estimate: Tensor  # (1, 3, H, W) in [-1, 1]: the picture under work as it is estimated now, padding included
+    estimate: Tensor  # (1, 3, H, W) in [-1, 1]: the picture under work as it is estimated now
 
 
 OnProgress = Callable[[UpscaleProgress], None]
@@ -97,11 +98,11 @@ def upscale(
     a scale other than the network's is reached by whole passes, each resized to where the next one starts or to
     the result. semantic: (1 or B, semantic_size), a CLIP vector for every picture or one for all.
     preset: faithful, balanced or detailed, as the weights define them; steps and start override it: start is the
-    sigma of the noise put on the one-evaluation estimate, from where the sampler takes `steps` steps; steps = 1
-    alone is that estimate. sigmas: a schedule of your own in their place, n + 1 falling values; one that starts below
-    the weights' largest sigma starts on the one-evaluation estimate. sampler: heun, euler, ddim or dpmpp_2m, or a
-    function with the signature of those. seed: every picture's own, so that it doesn't
-    matter what else is in the batch. tile: blocks a step, "auto" by free memory, None all at once; never changes the
+    sigma of the noise put on a first estimate, from where the sampler takes `steps` steps; steps = 1 alone is that
+    estimate, two evaluations from the largest sigma. sigmas: a schedule of your own in their place, n + 1 falling
+    values; one that starts below the weights' largest sigma starts on the estimate. sampler: heun, euler, ddim or
+    dpmpp_2m, or a function with the signature of those. seed: every picture's own, so that it doesn't matter what
+    else is in the batch. tile: blocks a step, "auto" by free memory, None all at once; never changes the
     result. colour: transfer from the input, "wavelet" the low frequencies, "mean" mean and deviation.
     on_progress is called after every tile; what it raises stops the work.
 
@@ -184,14 +185,14 @@ def _say_ignored() -> None:
 
 class _Schedule(NamedTuple):
     sigmas: Tensor
-    from_estimate: bool  # start from the one-evaluation estimate plus noise
+    from_estimate: bool  # start from the first estimate plus noise
     only_estimate: bool  # nothing but that estimate
 
     def evaluations(self, sampler: Sampler) -> int:
         """How many it takes, counted on a single pixel: samplers differ, and may be a host's."""
         if self.only_estimate:
-            return 1
-        calls = int(self.from_estimate)
+            return len(GRIDS)
+        calls = len(GRIDS) if self.from_estimate else 0
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             nonlocal calls
@@ -259,15 +260,13 @@ def _enlarge(
 ) -> Tensor:
     """One pass: (1, 3, h, w) in [-1, 1] -> (1, 3, h * scale, w * scale), not clamped."""
     config = model.config
-    height, width = x.shape[2:]
-    low_res, upsampled = pad_and_enlarge(x, config)
+    upsampled = enlarged(x, config)
     noise = noise_of(seed)
-    memory = MemoryPlan(model, *block_grid((height, width), config), tile)
+    memory = MemoryPlan(model, (x.shape[2], x.shape[3]), tile)
+    grids = itertools.cycle(GRIDS)
 
     def denoise(noisy: Tensor, sigma: Tensor) -> Tensor:
-        denoised = denoise_in_memory(
-            model, memory, noisy, sigma, low_res, upsampled=upsampled, semantic=semantic, on_tile=on_tile
-        )
+        denoised = denoise_on_grid(model, memory, noisy, sigma, x, next(grids), semantic=semantic, on_tile=on_tile)
         on_evaluation()
         return denoised
 
@@ -278,30 +277,44 @@ def _enlarge(
         residual = config.parametrisation == "residual"
         first = upsampled if residual else upsampled + sigma_max * noise(upsampled)
         result = denoise(first, sigma_max)
+        # Where the one has its block borders the other counts.
+        result.lerp_(denoise(first, sigma_max), far_from_borders(first, config.block_size))
         if schedule.from_estimate:
             result = noise(result).mul_(schedule.sigmas[0]).add_(result)
     else:
         result = upsampled + schedule.sigmas[0] * noise(upsampled)
     if not schedule.only_estimate:
         result = sampler(denoise, result, schedule.sigmas, noise=noise)
-    return result[:, :, : height * config.scale, : width * config.scale]
+    return result
 
 
 # --- the parts of a pass, for a host whose own samplers drive the network
 
+# A block looks to the left and up only, and that leaves a faint trace at its other borders. So evaluations take turns
+# with the blocks' grid: one begins at the picture's corner, the other half a block before.
+GRIDS = (0.0, 0.5)  # how much of a block comes before the picture
 
-def block_grid(size: tuple[int, int], config: InfDiTConfig) -> tuple[int, int]:
-    """Rows and columns of blocks for a low resolution of (height, width)."""
+
+def block_grid(size: tuple[int, int], config: InfDiTConfig, grid: float = max(GRIDS)) -> tuple[int, int]:
+    """Rows and columns of blocks for a low resolution of (height, width); of the larger grid if none is named."""
     side = config.block_size // config.scale
-    return math.ceil(size[0] / side), math.ceil(size[1] / side)
+    return math.ceil(size[0] / side + grid), math.ceil(size[1] / side + grid)
 
 
-def pad_and_enlarge(x: Tensor, config: InfDiTConfig) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, h, w) in [-1, 1] -> padded to whole blocks, and that enlarged bicubically, both in [-1, 1]."""
-    rows, cols = block_grid((x.shape[2], x.shape[3]), config)
-    lr_block = config.block_size // config.scale
-    low_res = pad_by_reflection(x, rows * lr_block, cols * lr_block)
-    return low_res, resize(low_res, (rows * config.block_size, cols * config.block_size)).clamp_(-1, 1)
+def enlarged(low_res: Tensor, config: InfDiTConfig) -> Tensor:
+    """What the network goes by: (B, 3, h, w) in [-1, 1] -> the same pictures enlarged bicubically."""
+    return resize(low_res, (low_res.shape[2] * config.scale, low_res.shape[3] * config.scale)).clamp_(-1, 1)
+
+
+def far_from_borders(like: Tensor, block: int) -> Tensor:
+    """(H, W) weights of the second grid against the first: 0 at the borders of its blocks, 1 at the first's."""
+
+    def inside(length: int) -> Tensor:
+        return torch.sin((torch.arange(length, device=like.device) + 0.5) * (math.pi / block)).square()
+
+    rows, cols = inside(like.shape[2])[:, None], inside(like.shape[3])
+    first, second = rows * cols, (1 - rows) * (1 - cols)
+    return second / (first + second)
 
 
 def noise_of(seed: int) -> Noise:
@@ -310,21 +323,51 @@ def noise_of(seed: int) -> Noise:
     return lambda like: torch.randn(like.shape, generator=generator).to(like.device)
 
 
-def denoise_in_memory(
-    model: InfDiT, memory: "MemoryPlan", noisy: Tensor, sigma: Tensor, low_res: Tensor, **options: Any
+def denoise_on_grid(
+    model: InfDiT,
+    memory: "MemoryPlan",
+    noisy: Tensor,
+    sigma: Tensor,
+    low_res: Tensor,
+    grid: float,
+    *,
+    semantic: Tensor | None = None,
+    on_tile: Callable[[Progress], None] | None = None,
 ) -> Tensor:
-    """model.denoise as the plan says, and again with a smaller plan where memory runs out."""
+    """model.denoise of pictures of any size, on one of GRIDS, as the memory plan says.
+
+    noisy: (B, 3, h * scale, w * scale); low_res: (B, 3, h, w). Where memory runs out, the plan becomes smaller.
+    """
+    config = model.config
+    height, width = noisy.shape[2:]
+    rows, cols = block_grid((low_res.shape[2], low_res.shape[3]), config, grid)
+
+    def on_blocks(x: Tensor, block: int) -> Tensor:
+        return pad_by_reflection(x, rows * block, cols * block, int(grid * block))
+
+    low_res = on_blocks(low_res, config.block_size // config.scale)
+    noisy = on_blocks(noisy, config.block_size)
+    upsampled = enlarged(low_res, config)
+    before = int(grid * config.block_size)
+    inside = (..., slice(before, before + height), slice(before, before + width))
+
+    def report(progress: Progress) -> None:
+        if on_tile is not None:
+            on_tile(progress._replace(estimate=progress.estimate[inside]))
+
     while True:
         try:
             return model.denoise(
                 noisy,
                 sigma,
                 low_res,
+                upsampled=upsampled,
+                semantic=semantic,
                 tile=memory.tile,
                 cache_device=memory.cache_device,
                 positions="continuous",  # the published table's wrap makes a seam every 4096 pixels
-                **options,
-            )
+                on_tile=report,
+            )[inside]
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -339,15 +382,16 @@ def working_memory(
     free: what it may take, None: what is free there now.
     """
     starts = [image_size, *_passes(image_size, size, model.config.scale)][:-1]
-    return max((MemoryPlan(model, *block_grid(start, model.config), tile, free).bytes for start in starts), default=0)
+    return max((MemoryPlan(model, start, tile, free).bytes for start in starts), default=0)
 
 
 class MemoryPlan:
     """Blocks a step and where K/V waits: from free memory at first, less after each out-of-memory."""
 
-    def __init__(self, model: InfDiT, rows: int, cols: int, tile: TileSize, free: int | None = None) -> None:
+    def __init__(self, model: InfDiT, size: tuple[int, int], tile: TileSize, free: int | None = None) -> None:
+        """size: (height, width) of the low resolution. free: bytes it may take, None: what is free now."""
         config, (self.device, dtype) = model.config, model.compute()
-        self.grid = (rows, cols)
+        rows, cols = self.grid = block_grid(size, config)
         self.cache_device: str | None = None
         self.tile: tuple[int, int]
         # Measured on the CPU: about 24 values a channel and token at the MLP's and the attention's peak.

@@ -29,11 +29,13 @@ from ..infdit_core import upscale as upscale_pictures
 from ..infdit_core.diffusion import samplers
 from ..infdit_core.infdit import InfDiT, load_infdit
 from ..infdit_core.upscale import (
+    GRIDS,
     MemoryPlan,
     Sampler,
     TileSize,
     UpscaleProgress,
-    denoise_in_memory,
+    block_grid,
+    denoise_on_grid,
     noise_of,
     working_memory,
 )
@@ -143,7 +145,12 @@ class InfDiTModel(comfy.model_base.BaseModel):
         self.model_sampling = _Sampling(config)
         self.diffusion_model = network
         self.weight_dtype = weight_dtype
-        self.plan: MemoryPlan | None = None  # of the sampling under way: what ran out of memory isn't tried again
+        self.begin()
+
+    def begin(self) -> None:
+        """Before a sampling: what ran out of memory in it isn't tried again, and its grids follow one another."""
+        self.plan: MemoryPlan | None = None
+        self.sigma = self.grid = 0.0
 
     def get_dtype(self) -> torch.dtype:
         return self.weight_dtype
@@ -171,17 +178,20 @@ class InfDiTModel(comfy.model_base.BaseModel):
                 f"The latent has {x.shape[1]} channels and {x.shape[3]} x {x.shape[2]} values, but this conditioning "
                 f"needs 3 channels and {wanted[2]} x {wanted[1]}: connect the latent of its 'Inf-DiT Conditioning'."
             )
-        rows, cols = (side // network.config.block_size for side in wanted[1:])
-        if self.plan is None or self.plan.grid != (rows, cols):
-            self.plan = MemoryPlan(network, rows, cols, "auto")
+        size = (low_res.shape[2], low_res.shape[3])
+        if self.plan is None or self.plan.grid != block_grid(size, network.config):
+            self.plan = MemoryPlan(network, size, "auto")
+        if self.sigma != (sigma := float(t.max())):  # the parts of one step stay on one grid
+            self.sigma, self.grid = sigma, GRIDS[(GRIDS.index(self.grid) + 1) % len(GRIDS)]
 
         def denoise(i: int) -> Tensor:
-            return denoise_in_memory(
+            return denoise_on_grid(
                 network,
                 self.plan,
                 x[i : i + 1],
                 t[i],
                 low_res[i : i + 1],
+                self.grid,
                 semantic=None if semantic is None else semantic[i : i + 1],
                 on_tile=lambda _: management.throw_exception_if_processing_interrupted(),
             )
@@ -191,9 +201,9 @@ class InfDiTModel(comfy.model_base.BaseModel):
     def memory_required(self, input_shape: Iterable[int], cond_shapes: Any = None) -> float:
         """Bytes of one step of the host's samplers; it asks for twice the batch first."""
         batch, _, height, width = input_shape
-        block = self.diffusion_model.config.block_size
-        rows, cols = max(1, height // block), max(1, width // block)
-        plan = MemoryPlan(self.diffusion_model, rows, cols, "auto", _obtainable(self.diffusion_model))
+        scale = self.diffusion_model.config.scale
+        size = (max(1, height // scale), max(1, width // scale))
+        plan = MemoryPlan(self.diffusion_model, size, "auto", _obtainable(self.diffusion_model))
         pictures = 10 * 3 * 4 * batch * height * width  # measured: 17 to 21 fp32 pictures of a batch in all
         return float(plan.bytes + pictures)
 
@@ -221,7 +231,7 @@ def load_model(path: Path | None, precision: str) -> comfy.model_patcher.ModelPa
     patcher = comfy.model_patcher.ModelPatcher(
         InfDiTModel(network, weight_dtype), load_device=device, offload_device=management.unet_offload_device()
     )
-    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, lambda p: setattr(p.model, "plan", None))
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, lambda p: p.model.begin())
     return patcher
 
 

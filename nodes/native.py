@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit_core.images import resize
-from ..infdit_core.upscale import pad_and_enlarge, semantics_matter, target_size
+from ..infdit_core.upscale import enlarged, semantics_matter, target_size
 from . import host
 from .semantics import Semantic
 from .target import result_size, target_inputs
@@ -29,7 +29,7 @@ class InfDiTConditioning(io.ComfyNode):
             "the scheduler karras, and connect the conditioning as positive and negative. These samplers hold the "
             "whole picture many times over: for very large results take 'Inf-DiT Upscale (tiled)'.",
             inputs=[
-                io.Model.Input("model", tooltip="From 'Load Inf-DiT': its blocks decide how the picture is padded."),
+                io.Model.Input("model", tooltip="From 'Load Inf-DiT': it decides how the picture is prepared."),
                 io.Image.Input("image", tooltip="One or more pictures of the same size."),
                 *target_inputs(),
                 Semantic.Input(
@@ -63,14 +63,12 @@ class InfDiTConditioning(io.ComfyNode):
         if least[0] > x.shape[2] or least[1] > x.shape[3]:
             x = resize(x, (max(least[0], x.shape[2]), max(least[1], x.shape[3]))).clamp(-1, 1)
         target_size(*x.shape[2:], scale=config.scale)  # raises where that is too large, whatever the target
-        low_res, upsampled = pad_and_enlarge(x, config)
         if semantic is not None and not semantics_matter(network):
             semantic = None
-        entries = {host.LOW_RES: low_res} | ({} if semantic is None else {host.SEMANTIC: semantic})
+        entries = {host.LOW_RES: x} | ({} if semantic is None else {host.SEMANTIC: semantic})
         # The host's nodes for CONDITIONING want a tensor of text tokens; the network has none.
         conditioning = [[torch.zeros(len(image), 1, 1), entries]]
-        result = {"made": (x.shape[2] * config.scale, x.shape[3] * config.scale), "size": size, "alpha": alpha}
-        latent = {"samples": host.on_result_device(upsampled), RESULT: result}
+        latent = {"samples": host.on_result_device(enlarged(x, config)), RESULT: {"size": size, "alpha": alpha}}
         return io.NodeOutput(conditioning, latent)
 
 
@@ -83,7 +81,7 @@ class InfDiTToImage(io.ComfyNode):
             node_id="InfDiTToImage",
             display_name="Inf-DiT to Image",
             category="image/upscaling/Inf-DiT",
-            description="Turns the latent of an Inf-DiT sampler into pictures: cut and resized to the size asked for, "
+            description="Turns the latent of an Inf-DiT sampler into pictures: resized to the size asked for, "
             "transparency restored. In place of a VAE.",
             inputs=[
                 io.Latent.Input("samples", tooltip="From a sampler that got the latent of 'Inf-DiT Conditioning'.")
@@ -102,8 +100,7 @@ class InfDiTToImage(io.ComfyNode):
         result = samples.get(RESULT)
         x = x.float()
         if result is not None:
-            made, size = result["made"], result["size"]
-            x = x[:, :, : made[0], : made[1]]
+            size = result["size"]
             x = x if tuple(x.shape[2:]) == size else resize(x, size)
         x = x.clamp(-1, 1).add(1).div(2)
         if result is not None and result["alpha"] is not None:

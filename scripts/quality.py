@@ -45,7 +45,7 @@ for path in sorted(p for p in options.originals.iterdir() if p.suffix.lower() in
     for name, pixels in results.items():
         x = ((pixels * 255).round() / 255).permute(0, 3, 1, 2)
         row = [psnr_y(x, truth), ssim_y(x, truth), seam_energy(x, model.config.block_size)]
-        scores.setdefault(name, []).append([*row[:2], *([lpips(x, truth)] if lpips else []), row[2]])
+        scores.setdefault(name, []).append([*row[:2], *([float(lpips(x, truth))] if lpips else []), row[2]])
         print(f"{path.stem:32} {name:10}", *(f"{value:8.4f}" for value in scores[name][-1]), flush=True)
 
 print(

@@ -1,12 +1,15 @@
 """Metrics against values that can be worked out otherwise."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from infdit_core.metrics import luma, psnr_y, seam_energy, ssim_y
+from infdit_core.metrics import load_lpips, luma, psnr_y, seam_energy, ssim_y
+from infdit_core.weights import WeightsError
 
 
 def noise(seed: int = 0) -> Tensor:
@@ -50,3 +53,37 @@ def test_seams_show_and_plain_noise_does_not() -> None:
     assert seam_energy(step.transpose(2, 3), 32) > 1.1
     with pytest.raises(ValueError, match="no border"):
         seam_energy(x[..., :32, :32], 32)
+
+
+def alexnet(seed: int = 0) -> dict[str, Tensor]:
+    """Random weights in the layout of an LPIPS file."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    weights = {}
+    for i, (n, (out, into, side)) in enumerate(shapes.items()):
+        kernel = torch.randn(out, into, side, side, generator=generator)
+        weights[f"features.{n}.weight"] = kernel * (2 / (into * side**2)) ** 0.5
+        weights[f"features.{n}.bias"] = torch.zeros(out)
+        weights[f"lin{i}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
+    return weights
+
+
+def test_lpips_is_a_distance_that_gradients_pass(tmp_path: Path) -> None:
+    save_file(alexnet(), tmp_path / "alex.safetensors")
+    lpips = load_lpips(tmp_path / "alex.safetensors")
+    x = torch.cat([noise(), noise(1)])
+    near, far = x + 0.05 * torch.cat([noise(2), noise(3)]), 1 - x
+    assert torch.equal(lpips(x, x), torch.zeros(2))
+    assert torch.all(lpips(near, x) < lpips(far, x)) and torch.all(lpips(near, x) > 0)
+    assert torch.allclose(lpips(near, x), torch.cat([lpips(near[:1], x[:1]), lpips(near[1:], x[1:])]), atol=1e-6)
+    flat = torch.full((1, 3, 64, 64), 0.5, requires_grad=True)
+    lpips(flat, noise().new_zeros(1, 3, 64, 64)).sum().backward()
+    assert flat.grad is not None and flat.grad.isfinite().all()
+
+
+def test_lpips_wants_its_own_file(tmp_path: Path) -> None:
+    weights = alexnet()
+    del weights["lin3.model.1.weight"]
+    save_file(weights, tmp_path / "short.safetensors")
+    with pytest.raises(WeightsError, match="lin3"):
+        load_lpips(tmp_path / "short.safetensors")

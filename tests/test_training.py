@@ -877,7 +877,7 @@ def test_samples_are_rows_of_lr_bicubic_presets_and_original(whole: Path) -> Non
 
 
 def test_so_many_pictures_as_asked_for(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "load_lpips", lambda path: lambda a, b: 0.125)
+    monkeypatch.setattr(loop, "load_lpips", lambda path, device: lambda a, b: torch.full((len(a),), 0.125))
     arguments = [*tiny, *PLAIN, "data.held=3", "steps=1", "presets=[faithful,balanced]", "lpips=alex.safetensors"]
     arguments += ["network.presets.balanced.steps=2", "network.presets.balanced.start=0.1"]
     train(*arguments, f"out={tmp_path / 'two'}", "pictures=2")

@@ -173,13 +173,39 @@ def test_the_direction_reaches_the_network(batch: Batch, direction: Any) -> None
     assert ask(batch, replace(PLAIN, direction=direction))[2]["direction"] == direction
 
 
+def test_lpips_counts_below_its_noise_level_alone(batch: Batch) -> None:
+    few = Batch(*(t[:64] for t in batch[:3]))
+    config = replace(PLAIN, perceptual=2.0, perceptual_below=0.3, regression=0.25)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def lpips(x: Tensor, original: Tensor) -> Tensor:
+        seen.append((x, original))
+        return torch.full((len(x),), 0.5)
+
+    def losses(config: LossConfig, judge: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+        return training_loss(Recorder(), NETWORK, config, few, torch.Generator().manual_seed(1), None, judge)
+
+    without, sigma = losses(replace(config, perceptual=0.0), lpips)
+    assert not seen
+    with_it, _ = losses(config, lpips)
+    judged = sigma < 0.3
+    assert 0 < judged.sum() < len(judged)
+    assert torch.allclose(with_it, without + judged)
+    ((x, original),) = seen
+    assert len(x) == judged.sum() and x.shape == original.shape
+    shown = few.original[judged] / 2 + 0.5
+    top, left = (4 - side for side in original.shape[2:])
+    assert torch.equal(original, shown[:, :, top:, left:]) and torch.all(x == 0.5), "pictures in 0..1"
+    assert torch.equal(losses(config, None)[0], without)
+
+
 def test_directions_are_trained_apart(tiny_model: MakeModel) -> None:
     generator = torch.Generator().manual_seed(0)
     draw = [torch.rand(1, 3, side, side, generator=generator) for side in (32, 8, 32)]
     crop, sigma = Batch(*draw), torch.tensor([0.4])
     model = tiny_model()
     lt, rb = (
-        loss_at(model.denoise, model.config, replace(PLAIN, direction=direction), crop, sigma, crop.original)
+        loss_at(model.denoise, model.config, replace(PLAIN, direction=direction), crop, sigma, crop.original)[0]
         for direction in ("lt", "rb")
     )
     assert abs(lt.item() / rb.item() - 1) > 1e-4

@@ -98,11 +98,46 @@ def test_settings_choose_the_evaluations(model: InfDiT, monkeypatch: pytest.Monk
         upscale(image(4, 4), model=model, scale=4, **settings)  # type: ignore[arg-type]
         return list(seen)
 
-    assert sigmas(preset="faithful") == sigmas(steps=1) == [2.0]
-    assert sigmas() == [2.0, 0.1, 0.002, 0.002]
-    assert sigmas(steps=1, start=0.05) == [2.0, 0.05]
-    assert sigmas(steps=3, sampler="euler")[:2] == [2.0, 0.1] and len(sigmas(steps=3, sampler="euler")) == 4
+    assert sigmas(preset="faithful") == sigmas(steps=1) == [2.0, 2.0]
+    assert sigmas() == [2.0, 2.0, 0.1, 0.002, 0.002]
+    assert sigmas(steps=1, start=0.05) == [2.0, 2.0, 0.05]
+    assert sigmas(steps=3, sampler="euler")[:3] == [2.0, 2.0, 0.1] and len(sigmas(steps=3, sampler="euler")) == 5
     assert sigmas(preset="faithful", steps=2) == [2.0, 0.002, 0.002], "without a start: from the largest sigma"
+
+
+def borders(like: Tensor, block: int, mark: float) -> Tensor:
+    """`like` with brighter pixels on both sides of its block borders."""
+    at = [torch.arange(side) % block for side in like.shape[2:]]
+    rows, cols = ((place == 0) | (place == block - 1) for place in at)
+    return like + mark * (rows[:, None] | cols)
+
+
+def test_block_borders_of_one_grid_vanish_in_the_other(model: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    def marking(self: InfDiT, noisy: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return borders(torch.zeros_like(noisy), self.config.block_size, 0.5)
+
+    monkeypatch.setattr(InfDiT, "denoise", marking)
+    block = model.config.block_size
+    low_res = torch.full((1, 2 * block // 4 + 3, 3 * block // 4 + 1, 3), 0.5)
+    result = upscale(low_res, model=model, scale=4, steps=1)[0, :, :, 0] - 0.5
+    one_grid = borders(torch.zeros(1, 1, *result.shape), block, 0.25)
+    # Their plain mean would have half of it; a little is left where borders of both cross.
+    assert 0 < result.square().mean() < 0.2 * one_grid.square().mean()
+
+
+def test_evaluations_take_turns_with_the_grid(model: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    original = InfDiT.denoise
+
+    def watched(self: InfDiT, noisy: Tensor, *args: object, **kwargs: object) -> Tensor:
+        seen.append(tuple(noisy.shape[2:]))
+        return original(self, noisy, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(InfDiT, "denoise", watched)
+    block = model.config.block_size
+    side = 2 * block // model.config.scale
+    upscale(image(side, side), model=model, scale=4)
+    assert seen == [(2 * block,) * 2, (3 * block,) * 2] * 2 + [(2 * block,) * 2]
 
 
 def test_faithful_feeds_a_residual_network_no_noise(model: InfDiT) -> None:
@@ -138,7 +173,7 @@ def test_out_of_memory_lowers_the_tile_then_moves_keys_and_values(
     expected = upscale(image(9, 9), model=model, scale=4, steps=1)
     monkeypatch.setattr(InfDiT, "denoise", short)
     assert torch.allclose(upscale(image(9, 9), model=model, scale=4, steps=1, tile=3), expected, atol=1e-5)
-    assert tried == [((3, 3), None), ((2, 2), None), ((1, 1), None), ((1, 1), "cpu")]
+    assert tried == [((3, 3), None), ((2, 2), None), ((1, 1), None), ((1, 1), "cpu"), ((1, 1), "cpu")]
     assert "1 x 1 blocks" in caplog.text and "host memory" in caplog.text
 
     def never(self: InfDiT, *args: object, **kwargs: object) -> Tensor:

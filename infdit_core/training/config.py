@@ -44,6 +44,8 @@ class LossConfig:
     weight: Literal["edm", "unit", "v", "epsilon"] = "edm"
     power: int = 2  # of the error: 2 or 1
     regression: float = 0.0  # share of samples without noise, told sigma_max: they learn the mean (residual networks)
+    perceptual: float = 0.0  # weight of LPIPS beside it, for samples of noise below `perceptual_below`
+    perceptual_below: float = 0.3  # sigma
     lr_dropout: float = 0.07  # share of samples whose low resolution is replaced by noise
     direction: Literal["lt", "rb"] = "lt"
 
@@ -113,7 +115,8 @@ class TrainConfig:
         amounts: dict[str, float] = {"seed": self.seed, "pictures": self.pictures, "lora.rank": self.lora.rank}
         amounts |= {f"data.{key}": getattr(self.data, key) for key in ("workers", "cache")}
         amounts |= {f"optimizer.{key}": getattr(self.optimizer, key) for key in ("weight_decay", "warmup")}
-        amounts["loss.sigma_log_deviation"] = self.loss.sigma_log_deviation
+        of_loss = ("sigma_log_deviation", "perceptual", "perceptual_below")
+        amounts |= {f"loss.{key}": getattr(self.loss, key) for key in of_loss}
         for key, value in amounts.items():
             if not value >= 0:
                 raise ValueError(f"{key}={value}: it must not be below 0")
@@ -128,6 +131,8 @@ class TrainConfig:
                 raise ValueError(f"{key}={value}: it must be a share, from 0 to 1")
         if self.loss.power not in (1, 2):
             raise ValueError(f"loss.power={self.loss.power}: it must be 1 or 2")
+        if self.loss.perceptual and not self.lpips:
+            raise ValueError("loss.perceptual needs the weights of LPIPS: say lpips=FILE")
         if self.network is None and not self.start_from:
             raise ValueError("network=null takes the network of a weights file: say start_from=FILE")
         if self.network is not None:

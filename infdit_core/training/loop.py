@@ -29,7 +29,7 @@ from ..infdit.checkpoint import load_infdit, save_infdit
 from ..infdit.config import InfDiTConfig
 from ..infdit.lora import add_lora, merged_state, save_lora
 from ..infdit.model import InfDiT
-from ..metrics import load_lpips
+from ..metrics import Lpips, load_lpips
 from ..semantics import Clip, load_clip
 from ..weights import write_atomically
 from . import checkpoints
@@ -37,7 +37,7 @@ from .config import OptimizerConfig, TrainConfig, differences, parse, save
 from .data import Batch, Crops, PictureFile, Skipped, decodable, find_pictures, loader, reduce
 from .logs import Log
 from .losses import LossMeter, training_loss
-from .validation import Held, Lpips, contact_sheet, held_crops, test, validate
+from .validation import Held, contact_sheet, held_crops, test, validate
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -112,7 +112,7 @@ def train(config: TrainConfig) -> Path | None:
         if newest := checkpoints.newest(out / "checkpoints"):
             state.restore(newest, fabric)
             _say(fabric, f"going on from step {state.step}")
-        lpips = load_lpips(config.lpips) if config.lpips else None
+        lpips = load_lpips(config.lpips, fabric.device) if config.lpips else None
         clip = _clip(config, network.config, fabric.device)
         held = held_crops(pictures.validation, pictures.side, network.config.scale, config.data, fabric.device, clip)
         log = Log(out, state.step, config.wandb, asdict(config)) if fabric.is_global_zero else None
@@ -122,7 +122,7 @@ def train(config: TrainConfig) -> Path | None:
             report = _Report(config, network.config, state, fabric, log)
             batches = _batches(pictures, config, network.config, state.step, fabric, report)
             while state.step < config.steps:
-                norm = _step(model, state, config, batches, fabric, clip)
+                norm = _step(model, state, config, batches, fabric, clip, lpips)
                 report.stepped(norm)
                 last = state.step == config.steps
                 stop, wanted = asked.agreed(fabric)
@@ -418,6 +418,7 @@ def _step(
     batches: Iterator[tuple[Batch, torch.Generator]],
     fabric: Fabric,
     clip: Clip | None = None,
+    lpips: Lpips | None = None,
 ) -> float:
     """One step of the optimisers; returns the gradient's norm."""
     for optimizer in state.optimizers:
@@ -427,7 +428,7 @@ def _step(
     for number in range(config.accumulate):
         batch, generator = next(batches)
         with fabric.no_backward_sync(model, enabled=number + 1 < config.accumulate):
-            losses, sigma = training_loss(model, state.network.config, config.loss, batch, generator, clip)
+            losses, sigma = training_loss(model, state.network.config, config.loss, batch, generator, clip, lpips)
             fabric.backward(losses.mean() / config.accumulate)
         state.losses.add(losses, sigma)
     # Of all parameters: Fabric's own clips those of one optimiser.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..diffusion import edm
 from ..infdit.config import InfDiTConfig
+from ..metrics import Lpips
 from ..semantics import Clip
 from .config import LossConfig
 from .data import Batch, looked_at
@@ -47,11 +48,12 @@ def loss_at(
     sigma: Tensor,
     noisy: Tensor,
     **options: Any,
-) -> Tensor:
-    """Weighted loss (B,) of one evaluation at given noise levels (B,). options: more for `denoise`."""
+) -> tuple[Tensor, Tensor]:
+    """Weighted loss (B,) of one evaluation at given noise levels (B,), and its answer. options: more for `denoise`."""
     given = {"upsampled": batch.upsampled, "semantic": batch.semantic, "direction": config.direction}
     denoised = denoise(noisy, sigma, batch.low_res, **given, **options)
-    return denoising_loss(denoised, batch.original, _weight(config, sigma, network.sigma_data), config.power)
+    losses = denoising_loss(denoised, batch.original, _weight(config, sigma, network.sigma_data), config.power)
+    return losses, denoised
 
 
 def training_loss(
@@ -61,10 +63,12 @@ def training_loss(
     batch: Batch,
     generator: torch.Generator,
     clip: Clip | None = None,
+    lpips: Lpips | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (B,) at random noise levels, and these (B,), sigma_max where a sample was without noise.
 
-    denoise: InfDiT.denoise. Everything random comes from `generator`, on the pictures' device.
+    denoise: InfDiT.denoise. lpips: for config.perceptual. Everything random comes from `generator`, on the pictures'
+    device.
     """
     original, device = batch.original, batch.original.device
     count, crop = len(original), original.shape[3]
@@ -89,7 +93,14 @@ def training_loss(
     # One pair of offsets a batch, any that keep its positions clear of the table's wrap: up to 7 crops at 1024.
     largest = network.rope_side - crop // network.patch_size
     row, column = torch.randint(0, largest + 1, (2,), generator=generator, device=device).tolist()
-    return loss_at(denoise, network, config, batch, sigma, noisy, offset=(row, column)), sigma
+    losses, denoised = loss_at(denoise, network, config, batch, sigma, noisy, offset=(row, column))
+    judged = sigma < config.perceptual_below
+    if lpips is not None and config.perceptual and judged.any():
+        # Both move by some pixels: AlexNet looks every 4 px only, and what it doesn't see would always be the same.
+        top, left = torch.randint(0, 4, (2,), generator=generator, device=device).tolist()
+        pair = (t[judged, :, top:, left:] / 2 + 0.5 for t in (denoised, original))
+        losses = losses.index_add(0, judged.nonzero()[:, 0], config.perceptual * lpips(*pair))
+    return losses, sigma
 
 
 class LossMeter:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +14,12 @@ from torch import Tensor
 from ..images import resize
 from ..infdit.checkpoint import load_infdit
 from ..infdit.model import InfDiT
-from ..metrics import psnr_y, ssim_y
+from ..metrics import Lpips, psnr_y, ssim_y
 from ..semantics import Clip
 from ..upscale import upscale
 from .config import DataConfig, LossConfig
 from .data import Batch, Crops, PictureFile, looked_at, read_pixels, reduce
 from .losses import loss_at
-
-Lpips = Callable[[Tensor, Tensor], float]
 
 
 class Held(NamedTuple):
@@ -77,7 +75,7 @@ def validate(
                 sigma = torch.full((1,), min(level, network.config.sigma_max), device=original.device)
                 noisy = batch.original + sigma * noise
                 figures[f"{kind}_loss_{level:.3g}"] = float(
-                    loss_at(network.denoise, network.config, loss, batch, sigma, noisy)
+                    loss_at(network.denoise, network.config, loss, batch, sigma, noisy)[0]
                 )
             low_res = batch.low_res.permute(0, 2, 3, 1) / 2 + 0.5
             results = {"bicubic": batch.upsampled / 2 + 0.5}
@@ -89,7 +87,7 @@ def validate(
             for name, result in results.items():
                 figures[f"{kind}_{name}_psnr_y"] = psnr_y(result, original)
                 if lpips is not None:
-                    figures[f"{kind}_{name}_lpips"] = lpips(result.cpu(), original.cpu())
+                    figures[f"{kind}_{name}_lpips"] = float(lpips(result, original))
             nearest = torch.nn.functional.interpolate(batch.low_res / 2 + 0.5, size=original.shape[2:])
             pictures += [nearest, *results.values(), original]
         yield figures, pictures
@@ -135,5 +133,5 @@ def test(
             figures[f"{name}_psnr_y"] = psnr_y(eight_bit, original)
             figures[f"{name}_ssim_y"] = ssim_y(eight_bit, original)
             if lpips is not None:
-                figures[f"{name}_lpips"] = lpips(eight_bit, original)
+                figures[f"{name}_lpips"] = float(lpips(eight_bit.to(device), original.to(device)))
         yield picture.name, figures
