@@ -1,6 +1,5 @@
 """The main job: picture in, bigger picture out."""
 
-import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from .diffusion import edm
 from .diffusion.samplers import SAMPLERS, Noise
 from .images import match_low_frequencies, match_mean_deviation, pad_by_reflection, resize
 from .infdit.checkpoint import load_infdit
-from .infdit.config import InfDiTConfig
+from .infdit.config import InfDiTConfig, Preset
 from .infdit.model import InfDiT, Progress
 from .memory import available_memory, out_of_memory
 
@@ -85,7 +84,7 @@ def upscale(
     steps: int | None = None,
     start: float | None = None,
     sigmas: Tensor | None = None,
-    sampler: str | Sampler = "heun",
+    sampler: str | Sampler | None = None,
     seed: int = 0,
     tile: TileSize = "auto",
     colour: Literal["none", "wavelet", "mean"] = "none",
@@ -101,9 +100,9 @@ def upscale(
     sigma of the noise put on a first estimate, from where the sampler takes `steps` steps; steps = 1 alone is that
     estimate, two evaluations from the largest sigma. sigmas: a schedule of your own in their place, n + 1 falling
     values; one that starts below the weights' largest sigma starts on the estimate. sampler: heun, euler, ddim or
-    dpmpp_2m, or a function with the signature of those. seed: every picture's own, so that it doesn't matter what
-    else is in the batch. tile: blocks a step, "auto" by free memory, None all at once; never changes the
-    result. colour: transfer from the input, "wavelet" the low frequencies, "mean" mean and deviation.
+    dpmpp_2m, or a function with the signature of those, instead of the preset's. seed: every picture's own, so that
+    it doesn't matter what else is in the batch. tile: blocks a step, "auto" by free memory, None all at once; never
+    changes the result. colour: transfer from the input, "wavelet" the low frequencies, "mean" mean and deviation.
     on_progress is called after every tile; what it raises stops the work.
 
     Returns (B, H', W', C) fp32 on image's device. Raises ValueError for what can't be done.
@@ -116,20 +115,24 @@ def upscale(
         )
     if not image.isfinite().all():
         raise ValueError("image holds values that are not numbers (NaN or infinite)")
-    if isinstance(sampler, str):
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
-        sampler = SAMPLERS[sampler]
+    if isinstance(sampler, str) and sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}: it must be one of {', '.join(SAMPLERS)}")
     if colour not in ("none", "wavelet", "mean"):
         raise ValueError(f"colour is {colour!r}: it must be none, wavelet or mean")
     model = model or _default_model()
+    if preset not in model.config.presets:
+        raise ValueError(f"preset is {preset!r}: these weights have {', '.join(model.config.presets)}")
+    chosen = model.config.presets[preset]
+    sampler = sampler or chosen.sampler
+    if isinstance(sampler, str):
+        sampler = SAMPLERS[sampler]
     if semantic is not None and not semantics_matter(model):
         semantic = None
     if semantic is not None and (semantic.ndim != 2 or len(semantic) not in (1, len(image))):
         raise ValueError(f"semantic has shape {tuple(semantic.shape)}: it must be one vector, or {len(image)}")
     if semantic is not None and not semantic.isfinite().all():
         raise ValueError("semantic holds values that are not numbers (NaN or infinite)")
-    schedule = _schedule(model.config, preset, steps, start, sigmas)
+    schedule = _schedule(model.config, chosen, steps, start, sigmas)
     size = target_size(image.shape[1], image.shape[2], scale=scale, size=size)
     passes = _passes((image.shape[1], image.shape[2]), size, model.config.scale)
     evaluations = schedule.evaluations(sampler)
@@ -204,7 +207,7 @@ class _Schedule(NamedTuple):
 
 
 def _schedule(
-    config: InfDiTConfig, preset: str, steps: int | None, start: float | None, sigmas: Tensor | None
+    config: InfDiTConfig, preset: Preset, steps: int | None, start: float | None, sigmas: Tensor | None
 ) -> _Schedule:
     if sigmas is not None:
         sigmas = sigmas.detach().float().cpu()
@@ -214,9 +217,6 @@ def _schedule(
             raise ValueError(f"sigmas must start above {config.sigma_min:g} and end at 0, not {sigmas[0]:g}")
         below = bool(sigmas[0] < config.sigma_max * (1 - 1e-4))
         return _Schedule(sigmas, from_estimate=below, only_estimate=False)
-    if preset not in config.presets:
-        raise ValueError(f"preset is {preset!r}: these weights have {', '.join(config.presets)}")
-    chosen = config.presets[preset]
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: at least 1 is needed")
     if start is not None and not config.sigma_min < start <= config.sigma_max:
@@ -224,8 +224,8 @@ def _schedule(
             f"start is {start}: these weights take a sigma above {config.sigma_min:g} and up to {config.sigma_max:g}"
         )
     if start is None and steps != 1:
-        start = chosen.start
-    steps = steps or chosen.steps
+        start = preset.start
+    steps = steps or preset.steps
     if start is None:
         levels = edm.sigmas(steps, config.sigma_min, config.sigma_max)
     else:
@@ -263,12 +263,15 @@ def _enlarge(
     upsampled = enlarged(x, config)
     noise = noise_of(seed)
     memory = MemoryPlan(model, (x.shape[2], x.shape[3]), tile)
-    grids = itertools.cycle(GRIDS)
+    turns = Turns()
 
-    def denoise(noisy: Tensor, sigma: Tensor) -> Tensor:
-        denoised = denoise_on_grid(model, memory, noisy, sigma, x, next(grids), semantic=semantic, on_tile=on_tile)
+    def on_grid(grid: float, noisy: Tensor, sigma: Tensor) -> Tensor:
+        denoised = denoise_on_grid(model, memory, noisy, sigma, x, grid, semantic=semantic, on_tile=on_tile)
         on_evaluation()
         return denoised
+
+    def denoise(noisy: Tensor, sigma: Tensor) -> Tensor:
+        return on_grid(turns.grid(float(sigma)), noisy, sigma)
 
     sigma_max = torch.tensor(config.sigma_max)
     if schedule.only_estimate or schedule.from_estimate:
@@ -276,9 +279,9 @@ def _enlarge(
         # low resolution allows; in a picture network noise takes that place, as in the paper's start.
         residual = config.parametrisation == "residual"
         first = upsampled if residual else upsampled + sigma_max * noise(upsampled)
-        result = denoise(first, sigma_max)
+        result = on_grid(GRIDS[0], first, sigma_max)
         # Where the one has its block borders the other counts.
-        result.lerp_(denoise(first, sigma_max), far_from_borders(first, config.block_size))
+        result.lerp_(on_grid(GRIDS[1], first, sigma_max), far_from_borders(first, config.block_size))
         if schedule.from_estimate:
             result = noise(result).mul_(schedule.sigmas[0]).add_(result)
     else:
@@ -290,9 +293,23 @@ def _enlarge(
 
 # --- the parts of a pass, for a host whose own samplers drive the network
 
-# A block looks to the left and up only, and that leaves a faint trace at its other borders. So evaluations take turns
-# with the blocks' grid: one begins at the picture's corner, the other half a block before.
+# A block looks to the left and up only, and that leaves a faint trace at its other borders. So there are two grids of
+# blocks: one begins at the picture's corner, the other half a block before.
 GRIDS = (0.0, 0.5)  # how much of a block comes before the picture
+
+
+class Turns:
+    """Another grid at every new noise level of a sampling, so that what one leaves the next one sees inside a block."""
+
+    def __init__(self) -> None:
+        self.sigma = math.nan
+        self.levels = -1
+
+    def grid(self, sigma: float) -> float:
+        """That of an evaluation; all that follow one another at one level, as a step's parts may, get the same."""
+        self.levels += sigma != self.sigma
+        self.sigma = sigma
+        return GRIDS[self.levels % len(GRIDS)]
 
 
 def block_grid(size: tuple[int, int], config: InfDiTConfig, grid: float = max(GRIDS)) -> tuple[int, int]:

@@ -29,10 +29,10 @@ from ..infdit_core import upscale as upscale_pictures
 from ..infdit_core.diffusion import samplers
 from ..infdit_core.infdit import InfDiT, load_infdit
 from ..infdit_core.upscale import (
-    GRIDS,
     MemoryPlan,
     Sampler,
     TileSize,
+    Turns,
     UpscaleProgress,
     block_grid,
     denoise_on_grid,
@@ -148,9 +148,9 @@ class InfDiTModel(comfy.model_base.BaseModel):
         self.begin()
 
     def begin(self) -> None:
-        """Before a sampling: what ran out of memory in it isn't tried again, and its grids follow one another."""
+        """A new sampling: what runs out of memory in it isn't tried again, and its grids take turns."""
         self.plan: MemoryPlan | None = None
-        self.sigma = self.grid = 0.0
+        self.turns = Turns()
 
     def get_dtype(self) -> torch.dtype:
         return self.weight_dtype
@@ -181,8 +181,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
         size = (low_res.shape[2], low_res.shape[3])
         if self.plan is None or self.plan.grid != block_grid(size, network.config):
             self.plan = MemoryPlan(network, size, "auto")
-        if self.sigma != (sigma := float(t.max())):  # the parts of one step stay on one grid
-            self.sigma, self.grid = sigma, GRIDS[(GRIDS.index(self.grid) + 1) % len(GRIDS)]
+        grid = self.turns.grid(float(t.max()))
 
         def denoise(i: int) -> Tensor:
             return denoise_on_grid(
@@ -191,7 +190,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
                 x[i : i + 1],
                 t[i],
                 low_res[i : i + 1],
-                self.grid,
+                grid,
                 semantic=None if semantic is None else semantic[i : i + 1],
                 on_tile=lambda _: management.throw_exception_if_processing_interrupted(),
             )

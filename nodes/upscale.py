@@ -101,7 +101,7 @@ class UpscaleTiled(io.ComfyNode):
                     "the mean and contrast of each channel.",
                 ),
                 io.Sampler.Input(
-                    "sampler", optional=True, tooltip="Any SAMPLER instead of Heun, such as 'EDM Heun Sampler'."
+                    "sampler", optional=True, tooltip="Any SAMPLER instead of the preset's, such as 'EDM Heun Sampler'."
                 ),
                 io.Sigmas.Input(
                     "sigmas",

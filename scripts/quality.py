@@ -1,9 +1,16 @@
-"""Measure the default weights on originals reduced to a quarter: quality.py DIR [--lpips FILE] [--presets NAME ...]
+"""Measure the default weights on originals that are reduced first, beside bicubic, Lanczos and other upscalers.
 
-Prints a table in Markdown: PSNR and SSIM of Y, LPIPS, seam energy, means over the pictures, beside bicubic and Lanczos.
+quality.py ORIGINALS [--lpips FILE] [--presets NAME ...] [--others FOLDER] [--results FOLDER] [--csv FILE]
+
+Prints a table in Markdown, means over the pictures: PSNR (dB) and SSIM of Y, LPIPS, seam energy (1: block borders don't
+show), colour shift (largest difference of a channel's mean to the original's, in levels of 255). `plane.py` and
+`strip.py` draw what --csv and --results write.
 """
 
 import argparse
+import csv
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,43 +22,109 @@ from infdit_core import load_infdit, upscale
 from infdit_core.images import READABLE
 from infdit_core.metrics import load_lpips, psnr_y, seam_energy, ssim_y
 
-parser = argparse.ArgumentParser(description=__doc__)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("originals", type=Path)
-parser.add_argument("--lpips", type=Path)
-parser.add_argument("--model", type=Path)
+parser.add_argument("--lpips", type=Path, help="AlexNet LPIPS weights")
+parser.add_argument("--model", type=Path, help="weights file (the shipped default)")
 parser.add_argument("--presets", nargs="*", default=["faithful", "balanced", "detailed"])
+parser.add_argument("--scale", type=int, default=4)
+parser.add_argument("--middle", type=int, help="only so many pixels in the middle of every original")
+parser.add_argument("--degraded", action="store_true", help="low resolutions with noise (5 levels) and JPEG (60)")
+parser.add_argument("--others", type=Path, help="results at x4 of other upscalers: NAME/PICTURE.png, as of rivals.py")
+parser.add_argument("--results", type=Path, help="write our results there in the same way")
+parser.add_argument("--csv", type=Path, help="write the figures of every picture")
 options = parser.parse_args()
+if options.others and (options.scale != 4 or options.middle or options.degraded):
+    parser.error("--others are results of whole pictures, x4 from clean low resolutions")
 
 model = load_infdit(options.model)
 lpips = load_lpips(options.lpips) if options.lpips else None
-scores: dict[str, list[list[float]]] = {}
+columns = {
+    "psnr_y": "PSNR-Y",
+    "ssim_y": "SSIM-Y",
+    "lpips": "LPIPS",
+    "seam_energy": "seam energy",
+    "shift": "colour shift",
+}
+if lpips is None:
+    del columns["lpips"]
 
 
 def tensor(image: Image.Image) -> Tensor:
+    """(1, H, W, 3) in 0..1."""
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
 
 
-for path in sorted(p for p in options.originals.iterdir() if p.suffix.lower() in READABLE):
-    original = Image.open(path).convert("RGB")
-    width, height = (side - side % 4 for side in original.size)
-    original = original.crop((0, 0, width, height))
-    small = original.resize((width // 4, height // 4), Image.Resampling.BICUBIC)
-    results = {
-        "bicubic": tensor(small.resize((width, height), Image.Resampling.BICUBIC)),
-        "Lanczos": tensor(small.resize((width, height), Image.Resampling.LANCZOS)),
-    }
-    results |= {preset: upscale(tensor(small), model=model, scale=4, preset=preset) for preset in options.presets}
-    truth = tensor(original).permute(0, 3, 1, 2)
-    for name, pixels in results.items():
-        x = ((pixels * 255).round() / 255).permute(0, 3, 1, 2)
-        row = [psnr_y(x, truth), ssim_y(x, truth), seam_energy(x, model.config.block_size)]
-        scores.setdefault(name, []).append([*row[:2], *([float(lpips(x, truth))] if lpips else []), row[2]])
-        print(f"{path.stem:32} {name:10}", *(f"{value:8.4f}" for value in scores[name][-1]), flush=True)
+def opened(path: Path) -> Image.Image:
+    """An original, cut to whole low-resolution pixels."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    width, height = (min(side, options.middle or side) // options.scale * options.scale for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    if not options.middle:
+        left = top = 0
+    return image.crop((left, top, left + width, top + height))
 
-print(
-    f"\n| x4, mean of {len(next(iter(scores.values())))} | PSNR-Y | SSIM-Y |{' LPIPS |' if lpips else ''} seam energy |"
-)
-print("|---|---|---|---|" + ("---|" if lpips else ""))
-for name, rows in scores.items():
-    means = np.mean(rows, axis=0)
-    print(f"| {name} | {means[0]:.2f} |" + "".join(f" {value:.3f} |" for value in means[1:]))
+
+def degraded(image: Image.Image, seed: int) -> Image.Image:
+    """Noise of deviation 5 levels, then JPEG of quality 60."""
+    levels = np.asarray(image, dtype=np.float64)
+    noisy = levels + np.random.default_rng(seed).normal(0, 5, levels.shape)
+    file = io.BytesIO()
+    Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=60)
+    return Image.open(file).convert("RGB")
+
+
+def enlarged(path: Path, small: Image.Image, size: tuple[int, int]) -> Iterator[tuple[str, Tensor]]:
+    """Every upscaler's name and result, (1, H, W, 3) in 0..1."""
+    yield "bicubic", tensor(small.resize(size, Image.Resampling.BICUBIC))
+    yield "Lanczos", tensor(small.resize(size, Image.Resampling.LANCZOS))
+    for folder in sorted(options.others.iterdir()) if options.others else []:
+        if (folder / f"{path.stem}.png").exists():
+            with Image.open(folder / f"{path.stem}.png") as result:
+                yield folder.name, tensor(result.convert("RGB"))
+    for preset in options.presets:
+        result = upscale(tensor(small), model=model, scale=options.scale, preset=preset)
+        if options.results:
+            (options.results / preset).mkdir(parents=True, exist_ok=True)
+            levels = (result[0] * 255).round().byte().numpy()
+            Image.fromarray(levels).save(options.results / preset / f"{path.stem}.png")
+        yield preset, result
+
+
+def figures(result: Tensor, original: Tensor) -> dict[str, float]:
+    """In the order of `columns`."""
+    x, truth = ((((t * 255).round() / 255).permute(0, 3, 1, 2)) for t in (result, original))
+    return {
+        "psnr_y": psnr_y(x, truth),
+        "ssim_y": ssim_y(x, truth),
+        **({"lpips": float(lpips(x, truth))} if lpips else {}),
+        "seam_energy": seam_energy(x, model.config.block_size, options.scale),
+        "shift": float((x.mean((0, 2, 3)) - truth.mean((0, 2, 3))).abs().max() * 255),
+    }
+
+
+rows: list[dict[str, str | float]] = []
+for number, path in enumerate(sorted(p for p in options.originals.iterdir() if p.suffix.lower() in READABLE)):
+    original = opened(path)
+    small = original.resize(tuple(side // options.scale for side in original.size), Image.Resampling.BICUBIC)
+    if options.degraded:
+        small = degraded(small, number)
+    for name, result in enlarged(path, small, original.size):
+        rows.append({"picture": path.stem, "name": name} | figures(result, tensor(original)))
+        print(f"{path.stem:28} {name:16}", *(f"{rows[-1][key]:8.4f}" for key in columns), flush=True)
+
+if options.csv:
+    with options.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["picture", "name", *columns])
+        writer.writeheader()
+        writer.writerows(rows)
+names = list(dict.fromkeys(str(row["name"]) for row in rows))
+pictures = len(rows) // len(names)
+print(f"\n| x{options.scale}, mean of {pictures} | {' | '.join(columns.values())} |")
+print("|---" * (len(columns) + 1) + "|")
+for name in names:
+    of_name = [row for row in rows if row["name"] == name]
+    means = {key: np.mean([float(row[key]) for row in of_name]) for key in columns}
+    digits = {"psnr_y": 2, "seam_energy": 2, "shift": 2}
+    print(f"| {name} | " + " | ".join(f"{means[key]:.{digits.get(key, 3)}f}" for key in columns) + " |")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from infdit_core import InfDiT, upscale
 from infdit_core.infdit import Preset
-from infdit_core.upscale import UpscaleProgress, _passes, target_size
+from infdit_core.upscale import Turns, UpscaleProgress, _passes, target_size
 
 PRESETS = {"faithful": Preset(1), "balanced": Preset(2, 0.1)}
 
@@ -137,7 +137,22 @@ def test_evaluations_take_turns_with_the_grid(model: InfDiT, monkeypatch: pytest
     block = model.config.block_size
     side = 2 * block // model.config.scale
     upscale(image(side, side), model=model, scale=4)
-    assert seen == [(2 * block,) * 2, (3 * block,) * 2] * 2 + [(2 * block,) * 2]
+    assert seen == [(2 * block,) * 2, (3 * block,) * 2, (2 * block,) * 2, (3 * block,) * 2, (3 * block,) * 2]
+
+
+def test_a_level_keeps_its_grid() -> None:
+    turns = Turns()
+    assert [turns.grid(sigma) for sigma in (0.4, 0.2, 0.2, 0.1, 0.2)] == [0.0, 0.5, 0.5, 0.0, 0.5]
+
+
+def test_a_preset_has_its_sampler(tiny_model: Callable[..., InfDiT]) -> None:
+    presets = _Frozen({"faithful": Preset(1), "balanced": Preset(2, 0.1, "euler")})
+    settings = {"num_layers": 1, "parametrisation": "residual", "sigma_data": 0.1, "sigma_max": 2.0}
+    model = tiny_model(**settings, presets=presets)
+    own, euler, heun = (upscale(image(4, 4), model=model, scale=4, sampler=name) for name in (None, "euler", "heun"))
+    assert torch.equal(own, euler) and not torch.equal(own, heun)
+    with pytest.raises(ValueError, match="dpmpp_2m"):
+        tiny_model(**settings, presets=_Frozen({"balanced": Preset(2, 0.1, "magic")}))
 
 
 def test_faithful_feeds_a_residual_network_no_noise(model: InfDiT) -> None:

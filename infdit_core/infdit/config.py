@@ -3,25 +3,28 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from ..diffusion.samplers import SAMPLERS
+
 Parametrisation = Literal["picture", "residual"]
 Preconditioning = Literal["edm", "v", "epsilon"]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How long to sample, and from where.
+    """How to sample, how long, and from where.
 
-    start: sigma of the noise put on the one-evaluation estimate, from where `steps` steps of a sampler go down;
-    None: a run from sigma_max, which with one step is that estimate itself.
+    start: sigma of the noise put on a first estimate, from where `steps` steps of a sampler go down; None: a run from
+    sigma_max, which with one step is that estimate itself.
     """
 
     steps: int
     start: float | None = None
+    sampler: str = "heun"
 
     def describe(self) -> str:
         if self.start is None:
-            return "one evaluation" if self.steps == 1 else f"{self.steps} steps from the largest sigma"
-        return f"one evaluation, then {self.steps} steps from sigma {self.start:g}"
+            return "the estimate" if self.steps == 1 else f"{self.steps} steps of {self.sampler} from the largest sigma"
+        return f"the estimate, then {self.steps} steps of {self.sampler} from sigma {self.start:g}"
 
 
 # For files that say nothing, the published ones: the paper samples 20 steps from sigma_max.
@@ -87,6 +90,8 @@ class InfDiTConfig:
             raise ValueError("sigma_data, 0 < sigma_min <= sigma_max and rope_side must be positive and in order")
         if any(preset.steps < 1 for preset in self.presets.values()):
             raise ValueError("a preset needs at least one step")
+        if unknown := [preset.sampler for preset in self.presets.values() if preset.sampler not in SAMPLERS]:
+            raise ValueError(f"a preset's sampler is {unknown[0]!r}: it must be one of {', '.join(SAMPLERS)}")
         if self.hidden_size % self.num_heads or self.head_size % 4:
             raise ValueError(
                 f"hidden size {self.hidden_size} over {self.num_heads} heads must give a multiple of 4 per head, "
