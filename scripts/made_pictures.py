@@ -1,0 +1,137 @@
+"""Draw pictures that photographs hold little of, to train on beside them: made_pictures.py PHOTOGRAPHS OUT
+
+Text, line art, windows of a program, flat colours and ramps, checkers and stripes, all at random; and photographs out of
+focus, so that what a lens left soft stays soft. The same at each call.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+SIDE, FINER = 768, 2  # pixels; lines are drawn finer and averaged
+EACH = 3  # pictures of a kind
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?()-+=/"
+
+Random = np.random.Generator
+Colour = tuple[int, int, int]
+
+
+def colour(random: Random) -> Colour:
+    """Often black, white or a grey, or saturated; else any."""
+    kind = random.random()
+    if kind < 0.3:
+        return (int(random.choice([0, 255])),) * 3
+    if kind < 0.45:
+        return (int(random.integers(256)),) * 3
+    levels = random.integers(0, 2, 3) * 255 if kind < 0.65 else random.integers(256, size=3)
+    return int(levels[0]), int(levels[1]), int(levels[2])
+
+
+def colours(random: Random) -> tuple[Colour, Colour]:
+    """Two that can be told apart."""
+    while True:
+        a, b = colour(random), colour(random)
+        if abs(sum(a) - sum(b)) > 120:
+            return a, b
+
+
+def words(random: Random, most: int) -> str:
+    lengths = random.integers(1, 10, most)
+    return " ".join("".join(random.choice(list(LETTERS), n)) for n in lengths)
+
+
+def text(random: Random) -> Image.Image:
+    ink, paper = colours(random)
+    image = Image.new("RGB", (SIDE, SIDE), paper)
+    draw, top = ImageDraw.Draw(image), 8
+    while top < SIDE:
+        size = int(random.choice([12, 14, 18, 24, 32, 48, 80]))
+        draw.text((8, top), words(random, 40), ink, ImageFont.load_default(size))
+        top += round(size * 1.4)
+    return image
+
+
+def line_art(random: Random) -> Image.Image:
+    ink, paper = colours(random)
+    side = SIDE * FINER
+    image = Image.new("RGB", (side, side), paper)
+    draw = ImageDraw.Draw(image)
+    for _ in range(60):
+        width = FINER * int(random.integers(1, 7))
+        (x, y), (u, v) = random.integers(0, side, (2, 2)).tolist()
+        match int(random.integers(4)):
+            case 0:
+                draw.line((x, y, u, v), ink, width)
+            case 1:
+                draw.ellipse((min(x, u), min(y, v), max(x, u), max(y, v)), outline=ink, width=width)
+            case 2:
+                draw.polygon([tuple(p) for p in random.integers(0, side, (4, 2)).tolist()], outline=ink, width=width)
+            case 3:
+                draw.arc((min(x, u), min(y, v), max(x, u), max(y, v)), x % 360, y % 360, ink, width)
+    return image.reduce(FINER)
+
+
+def window(random: Random) -> Image.Image:
+    ink, paper = colours(random)
+    image = Image.new("RGB", (SIDE, SIDE), paper)
+    draw = ImageDraw.Draw(image)
+    for _ in range(30):
+        left, top = random.integers(0, SIDE - 40, 2).tolist()
+        right, bottom = left + int(random.integers(30, 300)), top + int(random.integers(16, 120))
+        draw.rounded_rectangle(
+            (left, top, right, bottom), int(random.integers(0, 12)), colour(random), ink, int(random.integers(0, 3))
+        )
+        draw.text((left + 6, top + 4), words(random, 3), ink, ImageFont.load_default(int(random.integers(11, 20))))
+    return image
+
+
+def smooth(random: Random) -> Image.Image:
+    """Patches that are flat or go from one colour to another."""
+    levels = np.zeros((SIDE, SIDE, 3))
+    for _ in range(12):
+        top, left = random.integers(0, SIDE - 64, 2)
+        height, width = random.integers(64, SIDE, 2)
+        patch = levels[top : top + height, left : left + width]
+        y, x = np.mgrid[: patch.shape[0], : patch.shape[1]] / SIDE
+        slopes = random.normal(0, 150, (2, 3)) * (random.random() < 0.6)
+        patch[:] = colour(random) + y[..., None] * slopes[0] + x[..., None] * slopes[1]
+    return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+
+
+def checkers(random: Random) -> Image.Image:
+    """Checkers, stripes and diagonals of some pixels, in patches."""
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    for top in range(0, SIDE, SIDE // 4):
+        for left in range(0, SIDE, SIDE // 4):
+            a, b = colours(random)
+            across, along = random.integers(1, 13, 2)
+            odd = [(y // across + x // across) % 2, (x // across) % 2, (y // across) % 2, ((x + y) // along) % 2]
+            patch = np.where(odd[int(random.integers(4))][..., None], a, b).astype(np.uint8)
+            image[top : top + SIDE // 4, left : left + SIDE // 4] = patch[: SIDE // 4, : SIDE // 4]
+    return Image.fromarray(image)
+
+
+KINDS: list[Callable[[Random], Image.Image]] = [text, line_art, window, smooth, checkers]
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("photographs", type=Path)
+parser.add_argument("out", type=Path)
+options = parser.parse_args()
+
+options.out.mkdir(parents=True, exist_ok=True)
+random = np.random.default_rng(0)
+for kind in KINDS:
+    for number in range(EACH):
+        kind(random).save(options.out / f"{kind.__name__}_{number}.png")
+photographs = sorted(path for path in options.photographs.iterdir() if path.suffix.lower() in (".jpg", ".png"))
+for number, path in enumerate(photographs[:: len(photographs) // (4 * EACH)]):
+    with Image.open(path) as photograph:
+        soft = photograph.convert("RGB").filter(ImageFilter.GaussianBlur(2 ** random.uniform(1, 3)))
+    left, top = (max(0, int(random.integers(side - SIDE + 1))) if side > SIDE else 0 for side in soft.size)
+    soft.crop((left, top, min(left + SIDE, soft.width), min(top + SIDE, soft.height))).save(
+        options.out / f"out_of_focus_{number}.png"
+    )
