@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from . import __version__, train
+from .evaluation import TileSize
 from .images import READABLE, Picture, PictureError, check_writable, read_picture, resize, write_picture
 from .infdit import InfDiT
 from .infdit.checkpoint import convert, describe, load_infdit
 from .memory import out_of_memory, peak_memory, reset_peak_memory
 from .semantics import VIEWS, Clip, Steering, download_clip, load_clip
-from .upscale import TileSize, UpscaleProgress, semantics_matter, target_size, upscale
+from .upscale import UpscaleProgress, semantics_matter, target_size, upscale
 from .weights import WeightsError, open_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

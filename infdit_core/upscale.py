@@ -11,15 +11,14 @@ from torch import Tensor
 
 from .diffusion import edm
 from .diffusion.samplers import SAMPLERS, Noise
-from .images import match_low_frequencies, match_mean_deviation, pad_by_reflection, resize
+from .evaluation import GRIDS, MemoryPlan, TileSize, Turns, denoise_on_grid, enlarged, far_from_borders
+from .images import match_low_frequencies, match_mean_deviation, resize
 from .infdit.checkpoint import load_infdit
 from .infdit.config import InfDiTConfig, Preset
 from .infdit.model import InfDiT, Progress
-from .memory import available_memory, out_of_memory
 
 log = logging.getLogger(__name__)
 
-TileSize = Literal["auto"] | tuple[int, int] | int | None
 Sampler = Callable[..., Tensor]  # (denoise, x, sigmas, noise=...), as those of diffusion/samplers.py
 MAX_PIXELS = 2**30  # of a result: 12 GiB in fp32, and a sampler holds several such tensors
 
@@ -291,104 +290,10 @@ def _enlarge(
     return result
 
 
-# --- the parts of a pass, for a host whose own samplers drive the network
-
-# A block looks to the left and up only, and that leaves a faint trace at its other borders. So there are two grids of
-# blocks: one begins at the picture's corner, the other half a block before.
-GRIDS = (0.0, 0.5)  # how much of a block comes before the picture
-
-
-class Turns:
-    """Another grid at every new noise level of a sampling, so that what one leaves the next one sees inside a block."""
-
-    def __init__(self) -> None:
-        self.sigma = math.nan
-        self.levels = -1
-
-    def grid(self, sigma: float) -> float:
-        """That of an evaluation; all that follow one another at one level, as a step's parts may, get the same."""
-        self.levels += sigma != self.sigma
-        self.sigma = sigma
-        return GRIDS[self.levels % len(GRIDS)]
-
-
-def block_grid(size: tuple[int, int], config: InfDiTConfig, grid: float = max(GRIDS)) -> tuple[int, int]:
-    """Rows and columns of blocks for a low resolution of (height, width); of the larger grid if none is named."""
-    side = config.block_size // config.scale
-    return math.ceil(size[0] / side + grid), math.ceil(size[1] / side + grid)
-
-
-def enlarged(low_res: Tensor, config: InfDiTConfig) -> Tensor:
-    """What the network goes by: (B, 3, h, w) in [-1, 1] -> the same pictures enlarged bicubically."""
-    return resize(low_res, (low_res.shape[2] * config.scale, low_res.shape[3] * config.scale)).clamp_(-1, 1)
-
-
-def far_from_borders(like: Tensor, block: int) -> Tensor:
-    """(H, W) weights of the second grid against the first: 0 at the borders of its blocks, 1 at the first's."""
-
-    def inside(length: int) -> Tensor:
-        return torch.sin((torch.arange(length, device=like.device) + 0.5) * (math.pi / block)).square()
-
-    rows, cols = inside(like.shape[2])[:, None], inside(like.shape[3])
-    first, second = rows * cols, (1 - rows) * (1 - cols)
-    return second / (first + second)
-
-
 def noise_of(seed: int) -> Noise:
     """Standard normal noise, always the same for a seed: drawn on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     return lambda like: torch.randn(like.shape, generator=generator).to(like.device)
-
-
-def denoise_on_grid(
-    model: InfDiT,
-    memory: "MemoryPlan",
-    noisy: Tensor,
-    sigma: Tensor,
-    low_res: Tensor,
-    grid: float,
-    *,
-    semantic: Tensor | None = None,
-    on_tile: Callable[[Progress], None] | None = None,
-) -> Tensor:
-    """model.denoise of pictures of any size, on one of GRIDS, as the memory plan says.
-
-    noisy: (B, 3, h * scale, w * scale); low_res: (B, 3, h, w). Where memory runs out, the plan becomes smaller.
-    """
-    config = model.config
-    height, width = noisy.shape[2:]
-    rows, cols = block_grid((low_res.shape[2], low_res.shape[3]), config, grid)
-
-    def on_blocks(x: Tensor, block: int) -> Tensor:
-        return pad_by_reflection(x, rows * block, cols * block, int(grid * block))
-
-    low_res = on_blocks(low_res, config.block_size // config.scale)
-    noisy = on_blocks(noisy, config.block_size)
-    upsampled = enlarged(low_res, config)
-    before = int(grid * config.block_size)
-    inside = (..., slice(before, before + height), slice(before, before + width))
-
-    def report(progress: Progress) -> None:
-        if on_tile is not None:
-            on_tile(progress._replace(estimate=progress.estimate[inside]))
-
-    while True:
-        try:
-            return model.denoise(
-                noisy,
-                sigma,
-                low_res,
-                upsampled=upsampled,
-                semantic=semantic,
-                tile=memory.tile,
-                cache_device=memory.cache_device,
-                positions="continuous",  # the published table's wrap makes a seam every 4096 pixels
-                on_tile=report,
-            )[inside]
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        memory.reduce()  # out here nothing holds the tensors of the failed evaluation any more
 
 
 def working_memory(
@@ -400,59 +305,3 @@ def working_memory(
     """
     starts = [image_size, *_passes(image_size, size, model.config.scale)][:-1]
     return max((MemoryPlan(model, start, tile, free).bytes for start in starts), default=0)
-
-
-class MemoryPlan:
-    """Blocks a step and where K/V waits: from free memory at first, less after each out-of-memory."""
-
-    def __init__(self, model: InfDiT, size: tuple[int, int], tile: TileSize, free: int | None = None) -> None:
-        """size: (height, width) of the low resolution. free: bytes it may take, None: what is free now."""
-        config, (self.device, dtype) = model.config, model.compute()
-        rows, cols = self.grid = block_grid(size, config)
-        self.cache_device: str | None = None
-        self.tile: tuple[int, int]
-        # Measured on the CPU: about 24 values a channel and token at the MLP's and the attention's peak.
-        token_bytes = config.hidden_size * dtype.itemsize
-        self._block_bytes = 24 * token_bytes * config.block_tokens**2
-        self._line_bytes = 2 * min(rows, cols) * config.num_layers * token_bytes * config.block_tokens**2
-        self._lr_block_bytes = 2 * token_bytes * config.lr_block_tokens**2
-        if tile == "auto":
-            spare = (available_memory(self.device) if free is None else free) // 2 - self._line_bytes
-            # Beyond some thousand tokens a larger tile is no faster, and on a CPU it falls out of the cache.
-            most = max(1, (4096 if self.device.type == "cpu" else 65536) // config.block_tokens**2)
-            blocks = min(most, max(1, int(spare // self._block_bytes)))
-            across = min(rows, cols, max(1, math.isqrt(blocks)))
-            along = min(max(rows, cols), max(1, blocks // across))
-            self.tile = (across, along) if rows <= cols else (along, across)
-        elif tile is None:
-            self.tile = (rows, cols)
-        else:
-            self.tile = (tile, tile) if isinstance(tile, int) else tile
-        if min(self.tile) < 1:
-            raise ValueError(f"tile is {tile}: it needs at least 1 block")
-
-    @property
-    def bytes(self) -> int:
-        """What one evaluation takes on the network's device beside weights and pictures, about."""
-        rows, cols = (min(most, side) for most, side in zip(self.tile, self.grid, strict=True))
-        line = self._line_bytes if self.cache_device is None and (rows, cols) != self.grid else 0
-        lines = rows if self.grid[0] >= self.grid[1] else cols  # the scan runs along the shorter side
-        low_res = (lines + 2) * (min(self.grid) + 2) * self._lr_block_bytes
-        return rows * cols * self._block_bytes + line + low_res
-
-    def reduce(self) -> None:
-        """After running out of memory: a quarter of the tile, then K/V to host memory, then give up."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if max(self.tile) > 1:
-            self.tile = (math.ceil(self.tile[0] / 2), math.ceil(self.tile[1] / 2))
-            log.warning("out of memory: going on with tiles of %d x %d blocks", *self.tile)
-        elif self.cache_device is None:
-            self.cache_device = "cpu"
-            log.warning("out of memory with single blocks: keys and values of finished blocks move to host memory")
-        else:
-            raise MemoryError(
-                "out of memory with single blocks and keys and values in host memory: that takes about "
-                f"{self.bytes / 2**20:.0f} MiB beside the weights, and {available_memory(self.device) / 2**20:.0f} MiB "
-                f"are free on {self.device}. Free memory there, use bfloat16, or choose a smaller result"
-            )

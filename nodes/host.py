@@ -27,18 +27,9 @@ from torch import Tensor, nn
 from ..infdit_core import semantics
 from ..infdit_core import upscale as upscale_pictures
 from ..infdit_core.diffusion import samplers
+from ..infdit_core.evaluation import MemoryPlan, TileSize, Turns, block_grid, denoise_on_grid
 from ..infdit_core.infdit import InfDiT, load_infdit
-from ..infdit_core.upscale import (
-    MemoryPlan,
-    Sampler,
-    TileSize,
-    Turns,
-    UpscaleProgress,
-    block_grid,
-    denoise_on_grid,
-    noise_of,
-    working_memory,
-)
+from ..infdit_core.upscale import Sampler, UpscaleProgress, noise_of, working_memory
 from ..infdit_core.weights import WeightsError
 
 log = logging.getLogger(__name__)

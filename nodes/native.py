@@ -7,8 +7,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..infdit_core.evaluation import enlarged
 from ..infdit_core.images import resize
-from ..infdit_core.upscale import enlarged, semantics_matter, target_size
+from ..infdit_core.upscale import semantics_matter, target_size
 from . import host
 from .semantics import Semantic
 from .target import result_size, target_inputs

@@ -1,7 +1,7 @@
 """Draw pictures that photographs hold little of, to train on beside them: made_pictures.py PHOTOGRAPHS OUT
 
-Text, line art, windows of a program, flat colours and ramps, checkers and stripes, all at random; and photographs out of
-focus, so that what a lens left soft stays soft. The same at each call.
+Text, line art, windows of a program, flat colours and ramps, checkers and stripes, all at random; and photographs
+out of focus, so that what a lens left soft stays soft. The same at each call.
 """
 
 import argparse

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, upscale
+from infdit_core.evaluation import Turns
 from infdit_core.infdit import Preset
-from infdit_core.upscale import Turns, UpscaleProgress, _passes, target_size
+from infdit_core.upscale import UpscaleProgress, _passes, target_size
 
 PRESETS = {"faithful": Preset(1), "balanced": Preset(2, 0.1)}
 
@@ -136,13 +137,15 @@ def test_evaluations_take_turns_with_the_grid(model: InfDiT, monkeypatch: pytest
     monkeypatch.setattr(InfDiT, "denoise", watched)
     block = model.config.block_size
     side = 2 * block // model.config.scale
-    upscale(image(side, side), model=model, scale=4)
-    assert seen == [(2 * block,) * 2, (3 * block,) * 2, (2 * block,) * 2, (3 * block,) * 2, (3 * block,) * 2]
+    upscale(image(side, side), model=model, scale=4, sigmas=torch.tensor([0.1, 0.05, 0.02, 0.0]), sampler="euler")
+    assert seen == [(2 * block,) * 2, (3 * block,) * 2] * 2 + [(2 * block,) * 2]
 
 
 def test_a_level_keeps_its_grid() -> None:
     turns = Turns()
     assert [turns.grid(sigma) for sigma in (0.4, 0.2, 0.2, 0.1, 0.2)] == [0.0, 0.5, 0.5, 0.0, 0.5]
+    turns = Turns()
+    assert [turns.grid(sigma) for sigma in (2.0, 0.2, 0.2, 0.1)] == [0.0, 0.0, 0.0, 0.5], "a large step keeps it"
 
 
 def test_a_preset_has_its_sampler(tiny_model: Callable[..., InfDiT]) -> None:

@@ -1,0 +1,172 @@
+"""One evaluation of the network on pictures of any size: on which grid of blocks, and in how much memory.
+
+What `upscale` is made of, and a host whose own samplers drive the network.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .images import pad_by_reflection, resize
+from .infdit.config import InfDiTConfig
+from .infdit.model import InfDiT, Progress
+from .memory import available_memory, out_of_memory
+
+log = logging.getLogger(__name__)
+
+TileSize = Literal["auto"] | tuple[int, int] | int | None
+
+# A block looks to the left and up only, and that leaves a faint trace at its other borders. So there are two grids of
+# blocks: one begins at the picture's corner, the other half a block before.
+GRIDS = (0.0, 0.5)  # how much of a block comes before the picture
+
+
+class Turns:
+    """The other grid at every new noise level of a sampling, so that what one leaves the next one sees inside a block.
+
+    Not where noise falls to less than a quarter at once: second-order samplers multiply there by what two evaluations
+    differ in. And evaluations that follow one another at one level, as the parts of a step may, have one grid.
+    """
+
+    def __init__(self) -> None:
+        self.turn, self.sigma = 0, math.nan
+
+    def grid(self, sigma: float) -> float:
+        """That of the next evaluation."""
+        if sigma != self.sigma and sigma > self.sigma / 4:
+            self.turn = (self.turn + 1) % len(GRIDS)
+        self.sigma = sigma
+        return GRIDS[self.turn]
+
+
+def block_grid(size: tuple[int, int], config: InfDiTConfig, grid: float = max(GRIDS)) -> tuple[int, int]:
+    """Rows and columns of blocks for a low resolution of (height, width); of the larger grid if none is named."""
+    side = config.block_size // config.scale
+    return math.ceil(size[0] / side + grid), math.ceil(size[1] / side + grid)
+
+
+def enlarged(low_res: Tensor, config: InfDiTConfig) -> Tensor:
+    """What the network goes by: (B, 3, h, w) in [-1, 1] -> the same pictures enlarged bicubically."""
+    return resize(low_res, (low_res.shape[2] * config.scale, low_res.shape[3] * config.scale)).clamp_(-1, 1)
+
+
+def far_from_borders(like: Tensor, block: int) -> Tensor:
+    """(H, W) weights of the second grid against the first: 0 at the borders of its blocks, 1 at the first's."""
+
+    def inside(length: int) -> Tensor:
+        return torch.sin((torch.arange(length, device=like.device) + 0.5) * (math.pi / block)).square()
+
+    rows, cols = inside(like.shape[2])[:, None], inside(like.shape[3])
+    first, second = rows * cols, (1 - rows) * (1 - cols)
+    return second / (first + second)
+
+
+class MemoryPlan:
+    """Blocks a step and where K/V waits: from free memory at first, less after each out-of-memory."""
+
+    def __init__(self, model: InfDiT, size: tuple[int, int], tile: TileSize, free: int | None = None) -> None:
+        """size: (height, width) of the low resolution. free: bytes it may take, None: what is free now."""
+        config, (self.device, dtype) = model.config, model.compute()
+        rows, cols = self.grid = block_grid(size, config)
+        self.cache_device: str | None = None
+        self.tile: tuple[int, int]
+        # Measured on the CPU: about 24 values a channel and token at the MLP's and the attention's peak.
+        token_bytes = config.hidden_size * dtype.itemsize
+        self._block_bytes = 24 * token_bytes * config.block_tokens**2
+        self._line_bytes = 2 * min(rows, cols) * config.num_layers * token_bytes * config.block_tokens**2
+        self._lr_block_bytes = 2 * token_bytes * config.lr_block_tokens**2
+        if tile == "auto":
+            spare = (available_memory(self.device) if free is None else free) // 2 - self._line_bytes
+            # Beyond some thousand tokens a larger tile is no faster, and on a CPU it falls out of the cache.
+            most = max(1, (4096 if self.device.type == "cpu" else 65536) // config.block_tokens**2)
+            blocks = min(most, max(1, int(spare // self._block_bytes)))
+            across = min(rows, cols, max(1, math.isqrt(blocks)))
+            along = min(max(rows, cols), max(1, blocks // across))
+            self.tile = (across, along) if rows <= cols else (along, across)
+        elif tile is None:
+            self.tile = (rows, cols)
+        else:
+            self.tile = (tile, tile) if isinstance(tile, int) else tile
+        if min(self.tile) < 1:
+            raise ValueError(f"tile is {tile}: it needs at least 1 block")
+
+    @property
+    def bytes(self) -> int:
+        """What one evaluation takes on the network's device beside weights and pictures, about."""
+        rows, cols = (min(most, side) for most, side in zip(self.tile, self.grid, strict=True))
+        line = self._line_bytes if self.cache_device is None and (rows, cols) != self.grid else 0
+        lines = rows if self.grid[0] >= self.grid[1] else cols  # the scan runs along the shorter side
+        low_res = (lines + 2) * (min(self.grid) + 2) * self._lr_block_bytes
+        return rows * cols * self._block_bytes + line + low_res
+
+    def reduce(self) -> None:
+        """After running out of memory: a quarter of the tile, then K/V to host memory, then give up."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if max(self.tile) > 1:
+            self.tile = (math.ceil(self.tile[0] / 2), math.ceil(self.tile[1] / 2))
+            log.warning("out of memory: going on with tiles of %d x %d blocks", *self.tile)
+        elif self.cache_device is None:
+            self.cache_device = "cpu"
+            log.warning("out of memory with single blocks: keys and values of finished blocks move to host memory")
+        else:
+            raise MemoryError(
+                "out of memory with single blocks and keys and values in host memory: that takes about "
+                f"{self.bytes / 2**20:.0f} MiB beside the weights, and {available_memory(self.device) / 2**20:.0f} MiB "
+                f"are free on {self.device}. Free memory there, use bfloat16, or choose a smaller result"
+            )
+
+
+def denoise_on_grid(
+    model: InfDiT,
+    memory: MemoryPlan,
+    noisy: Tensor,
+    sigma: Tensor,
+    low_res: Tensor,
+    grid: float,
+    *,
+    semantic: Tensor | None = None,
+    on_tile: Callable[[Progress], None] | None = None,
+) -> Tensor:
+    """model.denoise of pictures of any size, on one of GRIDS, as the memory plan says.
+
+    noisy: (B, 3, h * scale, w * scale); low_res: (B, 3, h, w). Where memory runs out, the plan becomes smaller.
+    """
+    config = model.config
+    height, width = noisy.shape[2:]
+    rows, cols = block_grid((low_res.shape[2], low_res.shape[3]), config, grid)
+
+    def on_blocks(x: Tensor, block: int) -> Tensor:
+        return pad_by_reflection(x, rows * block, cols * block, int(grid * block))
+
+    low_res = on_blocks(low_res, config.block_size // config.scale)
+    noisy = on_blocks(noisy, config.block_size)
+    upsampled = enlarged(low_res, config)
+    before = int(grid * config.block_size)
+    inside = (..., slice(before, before + height), slice(before, before + width))
+
+    def report(progress: Progress) -> None:
+        if on_tile is not None:
+            on_tile(progress._replace(estimate=progress.estimate[inside]))
+
+    while True:
+        try:
+            return model.denoise(
+                noisy,
+                sigma,
+                low_res,
+                upsampled=upsampled,
+                semantic=semantic,
+                tile=memory.tile,
+                cache_device=memory.cache_device,
+                positions="continuous",  # the published table's wrap makes a seam every 4096 pixels
+                on_tile=report,
+            )[inside]
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        memory.reduce()  # out here nothing holds the tensors of the failed evaluation any more
