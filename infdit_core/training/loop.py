@@ -606,11 +606,11 @@ class _Report:
         }
         if self.log is not None:
             self.log.write("log", state.step, figures)
-        left = (config.steps - state.step) * (time.monotonic() - self.opened) / steps
+        left = int((config.steps - state.step) * (time.monotonic() - self.opened) / steps)
         _say(
             fabric,
             f"step {state.step}/{config.steps}, loss {figures['loss']:.4g}, gradient norm {norm:.3g}, "
-            f"{figures['crops_per_second']:.3g} crops/s, {left / 3600:.0f} h {left / 60 % 60:02.0f} min left",
+            f"{figures['crops_per_second']:.3g} crops/s, {left // 3600} h {left // 60 % 60:02} min left",
         )
         self._window()
 
