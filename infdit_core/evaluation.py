@@ -28,7 +28,7 @@ GRIDS = (0.0, 0.5)  # how much of a block comes before the picture
 class Turns:
     """The other grid at every new noise level of a sampling, so that what one leaves the next one sees inside a block.
 
-    Not where noise falls to less than a quarter at once: second-order samplers multiply there by what two evaluations
+    Not where noise falls to less than an eighth at once: second-order samplers multiply there by what two evaluations
     differ in. And evaluations that follow one another at one level, as the parts of a step may, have one grid.
     """
 
@@ -37,7 +37,7 @@ class Turns:
 
     def grid(self, sigma: float) -> float:
         """That of the next evaluation."""
-        if sigma != self.sigma and sigma > self.sigma / 4:
+        if sigma != self.sigma and sigma > self.sigma / 8:
             self.turn = (self.turn + 1) % len(GRIDS)
         self.sigma = sigma
         return GRIDS[self.turn]
