@@ -107,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     _semantic_options(sub)
     _device_options(sub)
     sub.add_argument("--lpips", type=Path, metavar="FILE", help="AlexNet LPIPS weights; without, no LPIPS")
-    sub.add_argument("--block", type=int, default=32, help="pixels, for the seam energy (32, the default weights')")
+    text = "pixels from block border to block border, of both grids, for the seam energy (16, the default weights')"
+    sub.add_argument("--block", type=int, default=16, help=text)
     sub.add_argument("--json", action="store_true")
 
     sub = command("train", _train, "train on folders of pictures")

@@ -28,8 +28,9 @@ GRIDS = (0.0, 0.5)  # how much of a block comes before the picture
 class Turns:
     """The other grid at every new noise level of a sampling, so that what one leaves the next one sees inside a block.
 
-    Not where noise falls to less than an eighth at once: second-order samplers multiply there by what two evaluations
-    differ in. And evaluations that follow one another at one level, as the parts of a step may, have one grid.
+    Not where the noise falls to less than an eighth in one step: a second-order sampler goes on from the difference of
+    two evaluations there, and would amplify that of the grids. Evaluations that follow one another at one level have
+    the same grid; so Heun's correction, which belongs to the level below, has the one of the next step.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ def far_from_borders(like: Tensor, block: int) -> Tensor:
     """(H, W) weights of the second grid against the first: 0 at the borders of its blocks, 1 at the first's."""
 
     def inside(length: int) -> Tensor:
-        return torch.sin((torch.arange(length, device=like.device) + 0.5) * (math.pi / block)).square()
+        return torch.sin((torch.arange(length, device=like.device) % block + 0.5) * (math.pi / block)).square()
 
     rows, cols = inside(like.shape[2])[:, None], inside(like.shape[3])
     first, second = rows * cols, (1 - rows) * (1 - cols)
@@ -143,9 +144,9 @@ def denoise_on_grid(
     def on_blocks(x: Tensor, block: int) -> Tensor:
         return pad_by_reflection(x, rows * block, cols * block, int(grid * block))
 
+    upsampled = on_blocks(enlarged(low_res, config), config.block_size)
     low_res = on_blocks(low_res, config.block_size // config.scale)
     noisy = on_blocks(noisy, config.block_size)
-    upsampled = enlarged(low_res, config)
     before = int(grid * config.block_size)
     inside = (..., slice(before, before + height), slice(before, before + width))
 

@@ -212,15 +212,15 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pad_by_reflection(x: Tensor, height: int, width: int, before: int = 0) -> Tensor:
-    """Continue (B, C, h, w) by reflection, as often as it takes, to (B, C, height, width); one pixel is repeated.
+    """Continue (B, C, h, w) by reflection at its edges, as often as it takes, to (B, C, height, width).
 
-    before: pixels that come on the left and on top; the rest comes on the other sides.
+    The outermost pixels come twice: so a picture and the same one enlarged go on alike. before: pixels that come on the
+    left and on top; the rest comes on the other sides.
     """
 
     def reflected(length: int, target: int) -> Tensor:
-        period = max(2 * (length - 1), 1)
-        index = torch.arange(-before, target - before, device=x.device) % period
-        return torch.where(index < length, index, period - index)
+        index = torch.arange(-before, target - before, device=x.device) % (2 * length)
+        return torch.where(index < length, index, 2 * length - 1 - index)
 
     if tuple(x.shape[2:]) == (height, width):
         return x

@@ -46,6 +46,8 @@ def ssim_y(x: Tensor, original: Tensor, crop: int = 4) -> float:
 def seam_energy(x: Tensor, block: int, grid: int = 4) -> float:
     """Mean squared step of Y across block borders over that elsewhere; 1 where borders don't show. (1, 3, H, W).
 
+    block: the distance of borders in pixels; half a block's side to take in those of both grids of `upscale`.
+
     Elsewhere: at the other multiples of `grid` pixels, the scale. An enlarged picture's steps differ by where they lie
     between two low-resolution pixels (bicubic's by a third), and block borders always lie half-way.
     """
@@ -95,10 +97,11 @@ def load_lpips(path: str | os.PathLike[str], device: torch.device | str = "cpu")
         return levels
 
     def distance(x: Tensor, original: Tensor) -> Tensor:
-        pairs = zip(features(x), features(original), strict=True)
-        heads = (weights[f"lin{i}.model.1.weight"] for i in range(len(convolutions)))
-        levels = [F.conv2d((a - b).square(), head).mean((1, 2, 3)) for (a, b), head in zip(pairs, heads, strict=True)]
-        return torch.stack(levels).sum(0)
+        with torch.autocast(x.device.type, enabled=False):  # small differences, in fp32 while training too
+            pairs = zip(features(x.float()), features(original.float()), strict=True)
+            heads = (weights[f"lin{i}.model.1.weight"] for i in range(len(convolutions)))
+            each = [F.conv2d((a - b).square(), head).mean((1, 2, 3)) for (a, b), head in zip(pairs, heads, strict=True)]
+        return torch.stack(each).sum(0)
 
     return distance
 

@@ -259,7 +259,6 @@ def _enlarge(
 ) -> Tensor:
     """One pass: (1, 3, h, w) in [-1, 1] -> (1, 3, h * scale, w * scale), not clamped."""
     config = model.config
-    upsampled = enlarged(x, config)
     noise = noise_of(seed)
     memory = MemoryPlan(model, (x.shape[2], x.shape[3]), tile)
     turns = Turns()
@@ -272,20 +271,20 @@ def _enlarge(
     def denoise(noisy: Tensor, sigma: Tensor) -> Tensor:
         return on_grid(turns.grid(float(sigma)), noisy, sigma)
 
-    sigma_max = torch.tensor(config.sigma_max)
-    if schedule.only_estimate or schedule.from_estimate:
+    def estimate(upsampled: Tensor) -> Tensor:
         # A residual network is trained to answer no noise at sigma_max with the mean of all pictures that the
         # low resolution allows; in a picture network noise takes that place, as in the paper's start.
-        residual = config.parametrisation == "residual"
-        first = upsampled if residual else upsampled + sigma_max * noise(upsampled)
-        result = on_grid(GRIDS[0], first, sigma_max)
+        sigma = torch.tensor(config.sigma_max)
+        first = upsampled if config.parametrisation == "residual" else upsampled + sigma * noise(upsampled)
+        result = on_grid(GRIDS[0], first, sigma)
         # Where the one has its block borders the other counts.
-        result.lerp_(on_grid(GRIDS[1], first, sigma_max), far_from_borders(first, config.block_size))
-        if schedule.from_estimate:
-            result = noise(result).mul_(schedule.sigmas[0]).add_(result)
-    else:
-        result = upsampled + schedule.sigmas[0] * noise(upsampled)
+        return result.lerp_(on_grid(GRIDS[1], first, sigma), far_from_borders(first, config.block_size))
+
+    result = enlarged(x, config)
+    if schedule.only_estimate or schedule.from_estimate:
+        result = estimate(result)
     if not schedule.only_estimate:
+        result = noise(result).mul_(schedule.sigmas[0]).add_(result)
         result = sampler(denoise, result, schedule.sigmas, noise=noise)
     return result
 

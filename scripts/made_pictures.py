@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from originals import opened, pictures
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SIDE, FINER = 768, 2  # pixels; lines are drawn finer and averaged
@@ -127,10 +128,9 @@ random = np.random.default_rng(0)
 for kind in KINDS:
     for number in range(EACH):
         kind(random).save(options.out / f"{kind.__name__}_{number}.png")
-photographs = sorted(path for path in options.photographs.iterdir() if path.suffix.lower() in (".jpg", ".png"))
-for number, path in enumerate(photographs[:: len(photographs) // (4 * EACH)]):
-    with Image.open(path) as photograph:
-        soft = photograph.convert("RGB").filter(ImageFilter.GaussianBlur(2 ** random.uniform(1, 3)))
+photographs = pictures(options.photographs)
+for number, path in enumerate(photographs[:: max(1, len(photographs) // (4 * EACH))]):
+    soft = opened(path).filter(ImageFilter.GaussianBlur(2 ** random.uniform(1, 3)))
     left, top = (max(0, int(random.integers(side - SIDE + 1))) if side > SIDE else 0 for side in soft.size)
     soft.crop((left, top, min(left + SIDE, soft.width), min(top + SIDE, soft.height))).save(
         options.out / f"out_of_focus_{number}.png"

@@ -23,6 +23,8 @@ options = parser.parse_args()
 
 with options.csv.open(newline="") as file:
     rows = list(csv.DictReader(file))
+if not rows or "lpips" not in rows[0]:
+    parser.error(f"{options.csv} has no LPIPS: let quality.py write it with --lpips")
 points: dict[tuple[str, str], tuple[float, float]] = {}  # by name and start: means over the pictures
 for name, start in dict.fromkeys((row["name"], row.get("start", "")) for row in rows):
     of_point = [row for row in rows if (row["name"], row.get("start", "")) == (name, start)]

@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
+from originals import opened, pictures, reduced, tensor
 from PIL import Image
 from torch import Tensor
 
 from infdit_core import load_infdit, upscale
-from infdit_core.images import READABLE
 from infdit_core.metrics import load_lpips, psnr_y, seam_energy, ssim_y
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,7 +36,11 @@ options = parser.parse_args()
 if options.others and (options.scale != 4 or options.middle or options.degraded):
     parser.error("--others are results of whole pictures, x4 from clean low resolutions")
 
+if options.others and not options.others.is_dir():
+    parser.error(f"--others {options.others}: no such folder")
 model = load_infdit(options.model)
+if unknown := [preset for preset in options.presets if preset not in model.config.presets]:
+    parser.error(f"--presets {unknown[0]}: the weights have {', '.join(model.config.presets)}")
 lpips = load_lpips(options.lpips) if options.lpips else None
 columns = {
     "psnr_y": "PSNR-Y",
@@ -48,22 +51,6 @@ columns = {
 }
 if lpips is None:
     del columns["lpips"]
-
-
-def tensor(image: Image.Image) -> Tensor:
-    """(1, H, W, 3) in 0..1."""
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
-
-
-def opened(path: Path) -> Image.Image:
-    """An original, cut to whole low-resolution pixels."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    width, height = (min(side, options.middle or side) // options.scale * options.scale for side in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    if not options.middle:
-        left = top = 0
-    return image.crop((left, top, left + width, top + height))
 
 
 def degraded(image: Image.Image, seed: int) -> Image.Image:
@@ -81,8 +68,10 @@ def enlarged(path: Path, small: Image.Image, size: tuple[int, int]) -> Iterator[
     yield "Lanczos", tensor(small.resize(size, Image.Resampling.LANCZOS))
     for folder in sorted(options.others.iterdir()) if options.others else []:
         if (folder / f"{path.stem}.png").exists():
-            with Image.open(folder / f"{path.stem}.png") as result:
-                yield folder.name, tensor(result.convert("RGB"))
+            result = opened(folder / f"{path.stem}.png")
+            if result.size != size:
+                raise SystemExit(f"{folder / path.stem}.png is {result.size}, its original {size}")
+            yield folder.name, tensor(result)
     for preset in options.presets:
         result = upscale(tensor(small), model=model, scale=options.scale, preset=preset)
         if options.results:
@@ -99,32 +88,44 @@ def figures(result: Tensor, original: Tensor) -> dict[str, float]:
         "psnr_y": psnr_y(x, truth),
         "ssim_y": ssim_y(x, truth),
         **({"lpips": float(lpips(x, truth))} if lpips else {}),
-        "seam_energy": seam_energy(x, model.config.block_size, options.scale),
+        "seam_energy": seam_energy(x, model.config.block_size // 2, options.scale),
         "shift": float((x.mean((0, 2, 3)) - truth.mean((0, 2, 3))).abs().max() * 255),
     }
 
 
+def middle(image: Image.Image, side: int) -> Image.Image:
+    width, height = (min(length, side) // options.scale * options.scale for length in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 rows: list[dict[str, str | float]] = []
-for number, path in enumerate(sorted(p for p in options.originals.iterdir() if p.suffix.lower() in READABLE)):
-    original = opened(path)
-    small = original.resize(tuple(side // options.scale for side in original.size), Image.Resampling.BICUBIC)
+paths = pictures(options.originals)
+table = (
+    csv.DictWriter(options.csv.open("w", newline="", buffering=1), ["picture", "name", *columns])
+    if options.csv
+    else None
+)
+if table:
+    table.writeheader()
+for number, path in enumerate(paths):
+    original = opened(path, options.scale)
+    if options.middle:
+        original = middle(original, options.middle)
+    small = reduced(original, options.scale)
     if options.degraded:
         small = degraded(small, number)
     for name, result in enlarged(path, small, original.size):
         rows.append({"picture": path.stem, "name": name} | figures(result, tensor(original)))
+        if table:
+            table.writerow(rows[-1])
         print(f"{path.stem:28} {name:16}", *(f"{rows[-1][key]:8.4f}" for key in columns), flush=True)
 
-if options.csv:
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["picture", "name", *columns])
-        writer.writeheader()
-        writer.writerows(rows)
-names = list(dict.fromkeys(str(row["name"]) for row in rows))
-pictures = len(rows) // len(names)
-print(f"\n| x{options.scale}, mean of {pictures} | {' | '.join(columns.values())} |")
+print(f"\n| x{options.scale}, mean of {len(paths)} | {' | '.join(columns.values())} |")
 print("|---" * (len(columns) + 1) + "|")
-for name in names:
+for name in dict.fromkeys(str(row["name"]) for row in rows):
     of_name = [row for row in rows if row["name"] == name]
     means = {key: np.mean([float(row[key]) for row in of_name]) for key in columns}
     digits = {"psnr_y": 2, "seam_energy": 2, "shift": 2}
-    print(f"| {name} | " + " | ".join(f"{means[key]:.{digits.get(key, 3)}f}" for key in columns) + " |")
+    short = "" if len(of_name) == len(paths) else f", {len(of_name)} only"
+    print(f"| {name}{short} | " + " | ".join(f"{means[key]:.{digits.get(key, 3)}f}" for key in columns) + " |")

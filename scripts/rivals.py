@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from originals import opened, pictures, reduced, tensor
 from PIL import Image
 from torch import Tensor
 
@@ -177,13 +178,10 @@ def main() -> None:
             continue
         network = load(options.packages / weights)
         (options.out / name).mkdir(parents=True, exist_ok=True)
-        for path in sorted(p for p in options.originals.iterdir() if p.suffix.lower() in Image.registered_extensions()):
-            photograph = Image.open(path).convert("RGB")
-            width, height = (side - side % 4 for side in photograph.size)
-            photograph = photograph.crop((0, 0, width, height))
-            small = np.asarray(photograph.resize((width // 4, height // 4), Image.Resampling.BICUBIC), dtype=np.float32)
+        for path in pictures(options.originals):
+            x = tensor(reduced(opened(path))).permute(0, 3, 1, 2).contiguous()
             start = time.perf_counter()
-            large = network(torch.from_numpy(small / 255).permute(2, 0, 1)[None].contiguous())[0]
+            large = network(x)[0]
             seconds = time.perf_counter() - start
             pixels = (large.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(options.out / name / f"{path.stem}.png")

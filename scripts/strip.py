@@ -7,8 +7,10 @@ of FOLDER, as rivals.py and quality.py write them.
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
+from originals import opened, reduced
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE, GAP, HEADER = 160, 4, 22
@@ -22,19 +24,20 @@ parser.add_argument("--names", nargs="+", default=["span", "realesrgan", "faithf
 options = parser.parse_args()
 
 
+def only(paths: Iterable[Path], what: str) -> Image.Image:
+    """The picture at the one path that exists; ends the script otherwise."""
+    found = [path for path in paths if path.exists()]
+    if len(found) != 1:
+        raise SystemExit(f"{what}: {len(found)} pictures, where one is needed")
+    return opened(found[0])
+
+
 def results(picture: str) -> list[Image.Image]:
     """The original, bicubic, and those of the names."""
-    (path,) = options.originals.glob(f"{picture}.*")
-    with Image.open(path) as file:
-        original = file.convert("RGB")
-    width, height = (side // 4 * 4 for side in original.size)
-    original = original.crop((0, 0, width, height))
-    small = original.resize((width // 4, height // 4), Image.Resampling.BICUBIC)
-    pictures = [original, small.resize(original.size, Image.Resampling.BICUBIC)]
+    original = only(options.originals.glob(f"{picture}.*"), f"{picture} in {options.originals}")
+    pictures = [original, reduced(original).resize(original.size, Image.Resampling.BICUBIC)]
     for name in options.names:
-        (found,) = (f / name / f"{picture}.png" for f in options.results if (f / name / f"{picture}.png").exists())
-        with Image.open(found) as file:
-            pictures.append(file.convert("RGB"))
+        pictures.append(only((f / name / f"{picture}.png" for f in options.results), f"{name}/{picture}.png"))
     return pictures
 
 

@@ -7,62 +7,69 @@ Prints a table in Markdown, means over the pictures; `plane.py` draws what --csv
 
 import argparse
 import csv
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
+from originals import opened, pictures, reduced, tensor
+from torch import Tensor
 
 from infdit_core import load_infdit, upscale
-from infdit_core.images import READABLE
+from infdit_core.diffusion.samplers import SAMPLERS
+from infdit_core.infdit import InfDiT
 from infdit_core.metrics import load_lpips, psnr_y
-from infdit_core.upscale import UpscaleProgress
 
-SAMPLERS = ["euler:2", "euler:4", "dpmpp_2m:3", "dpmpp_2m:5", "heun:2", "heun:4"]
-SCALE = 4
+
+def sampler_steps(text: str) -> tuple[str, int]:
+    name, _, steps = text.partition(":")
+    if name not in SAMPLERS or not steps.isdigit() or int(steps) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: it must be {', '.join(SAMPLERS)} and a number of steps, as heun:4")
+    return name, int(steps)
+
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("originals", type=Path)
 parser.add_argument("--lpips", type=Path, required=True, help="AlexNet LPIPS weights")
 parser.add_argument("--model", type=Path, help="weights file (the shipped default)")
-parser.add_argument("--starts", nargs="*", type=float, default=[0.06, 0.1, 0.15, 0.25, 0.4])
-parser.add_argument("--samplers", nargs="*", default=SAMPLERS)
+parser.add_argument("--starts", nargs="*", type=float, default=[0.15, 0.25, 0.4, 0.6])
+parser.add_argument(
+    "--samplers", nargs="*", type=sampler_steps, default=[("euler", 3), ("euler", 6), ("dpmpp_2m", 4), ("heun", 4)]
+)
 parser.add_argument("--csv", type=Path, help="write the figures of every picture")
 options = parser.parse_args()
 
 model = load_infdit(options.model)
+if unfit := [s for s in options.starts if not model.config.sigma_min < s <= model.config.sigma_max]:
+    parser.error(f"--starts {unfit[0]}: above {model.config.sigma_min:g}, up to {model.config.sigma_max:g}")
 lpips = load_lpips(options.lpips)
-settings = [{"steps": 1}]
-for start in options.starts:
-    for sampler, steps in (text.split(":") for text in options.samplers):
-        settings.append({"start": start, "sampler": sampler, "steps": int(steps)})
+evaluations: list[Tensor] = []  # of the setting under work, by their sigmas
+evaluate = InfDiT.denoise
 
-pictures = []
-for path in sorted(p for p in options.originals.iterdir() if p.suffix.lower() in READABLE):
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    width, height = (side // SCALE * SCALE for side in image.size)
-    image = image.crop((0, 0, width, height))
-    small = image.resize((width // SCALE, height // SCALE), Image.Resampling.BICUBIC)
-    original, low_res = (torch.from_numpy(np.asarray(i, dtype=np.float32) / 255)[None] for i in (image, small))
-    pictures.append((path.stem, low_res, original.permute(0, 3, 1, 2)))
 
+def counted(model: InfDiT, *arguments: Any, **settings: Any) -> Tensor:
+    evaluations.append(arguments[1])
+    return evaluate(model, *arguments, **settings)
+
+
+InfDiT.denoise = counted  # type: ignore[assignment, method-assign]
+originals = [(path.stem, opened(path)) for path in pictures(options.originals)]
+table = csv.writer(options.csv.open("w", newline="", buffering=1)) if options.csv else None
+if table:
+    table.writerow(["picture", "name", "start", "psnr_y", "lpips"])
 print("| start | sampler, steps | evaluations | PSNR-Y | LPIPS |\n|---|---|---|---|---|")
-rows = []
+settings: list[dict[str, object]] = [{"steps": 1}]
+settings += [{"start": s, "sampler": name, "steps": n} for name, n in options.samplers for s in options.starts]
 for setting in settings:
-    name = f"{setting['sampler']}, {setting['steps']}" if "sampler" in setting else "estimate"
-    of_setting = []
-    for picture, low_res, original in pictures:
-        reports: list[UpscaleProgress] = []  # one an evaluation, where the whole picture is a tile
-        x = upscale(low_res, model=model, scale=SCALE, tile=None, on_progress=reports.append, **setting)
-        x = x.permute(0, 3, 1, 2)
-        of_setting.append({"psnr_y": psnr_y(x, original), "lpips": float(lpips(x, original))})
-        rows.append({"picture": picture, "name": name, "start": setting.get("start", "")} | of_setting[-1])
-    psnr, distance = (np.mean([row[key] for row in of_setting]) for key in ("psnr_y", "lpips"))
-    start = setting.get("start", "")
-    print(f"| {start} | {name} | {len(reports)} | {psnr:.2f} | {distance:.3f} |", flush=True)
-if options.csv:
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    name = f"{setting['sampler']}, {setting['steps']}" if "start" in setting else "the estimate"
+    start, figures = setting.get("start", ""), []
+    evaluations.clear()
+    for picture, image in originals:
+        large = upscale(tensor(reduced(image)), model=model, scale=4, **setting)  # type: ignore[arg-type]
+        x, original = (t.permute(0, 3, 1, 2) for t in ((large * 255).round() / 255, tensor(image)))
+        figures.append((psnr_y(x, original), float(lpips(x, original))))
+        if table:
+            table.writerow([picture, name, start, *figures[-1]])
+    psnr, distance = np.mean(figures, axis=0)
+    print(f"| {start} | {name} | {len(evaluations) // len(originals)} | {psnr:.2f} | {distance:.3f} |")
+    sys.stdout.flush()

@@ -140,8 +140,10 @@ def test_resize_is_pillows_bicubic() -> None:
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8])
 def test_padding_reflects_as_often_as_it_takes(length: int) -> None:
     x = torch.arange(length).float().expand(1, 1, 2, -1)
-    expected = np.pad(np.arange(length), (0, 19 - length), "reflect" if length > 1 else "edge")
-    assert torch.equal(pad_by_reflection(x, 3, 19)[0, 0, 2], torch.from_numpy(expected).float())
+    for before in (0, 1, 4, 11):
+        expected = np.pad(np.arange(length), (before, 19 - length), "symmetric")
+        found = pad_by_reflection(x, 3, 19 + before, before)[0, 0, 2]
+        assert torch.equal(found, torch.from_numpy(expected).float())
 
 
 def test_colour_transfer_undoes_a_cast() -> None:

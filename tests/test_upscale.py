@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from infdit_core import InfDiT, upscale
 from infdit_core.evaluation import Turns
+from infdit_core.images import resize
 from infdit_core.infdit import Preset
 from infdit_core.upscale import UpscaleProgress, _passes, target_size
 
@@ -139,6 +141,23 @@ def test_evaluations_take_turns_with_the_grid(model: InfDiT, monkeypatch: pytest
     side = 2 * block // model.config.scale
     upscale(image(side, side), model=model, scale=4, sigmas=torch.tensor([0.1, 0.05, 0.02, 0.0]), sampler="euler")
     assert seen == [(2 * block,) * 2, (3 * block,) * 2] * 2 + [(2 * block,) * 2]
+
+
+def test_what_the_network_sees_is_in_register(model: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noisy picture and enlarged low resolution go on alike beyond the edges: without noise they are the same."""
+    grids = 0
+
+    def checked(_: InfDiT, noisy: Tensor, sigma: Tensor, low_res: Tensor, **others: Any) -> Tensor:
+        nonlocal grids
+        grids += 1
+        assert torch.equal(noisy, others["upsampled"])
+        assert (resize(noisy, (low_res.shape[2], low_res.shape[3])) - low_res).abs().mean() < 0.15
+        return noisy
+
+    monkeypatch.setattr(InfDiT, "denoise", checked)
+    picture = resize(image(4, 4).permute(0, 3, 1, 2), (13, 22)).clamp(0, 1).permute(0, 2, 3, 1)
+    upscale(picture, model=model, scale=4, steps=1)
+    assert grids == 2
 
 
 def test_a_level_keeps_its_grid() -> None:

@@ -23,8 +23,12 @@ class Preset:
 
     def describe(self) -> str:
         if self.start is None:
-            return "the estimate" if self.steps == 1 else f"{self.steps} steps of {self.sampler} from the largest sigma"
-        return f"the estimate, then {self.steps} steps of {self.sampler} from sigma {self.start:g}"
+            return (
+                "the first estimate alone"
+                if self.steps == 1
+                else f"{self.steps} steps of {self.sampler} from the largest sigma"
+            )
+        return f"the first estimate, then {self.steps} steps of {self.sampler} from sigma {self.start:g}"
 
 
 # For files that say nothing, the published ones: the paper samples 20 steps from sigma_max.

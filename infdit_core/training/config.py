@@ -44,8 +44,8 @@ class LossConfig:
     weight: Literal["edm", "unit", "v", "epsilon"] = "edm"
     power: int = 2  # of the error: 2 or 1
     regression: float = 0.0  # share of samples without noise, told sigma_max: they learn the mean (residual networks)
-    perceptual: float = 0.0  # weight of LPIPS beside it, for samples of noise below `perceptual_below`
-    perceptual_below: float = 0.3  # sigma
+    perceptual: float = 0.0  # times LPIPS is added for samples with little noise; validation's loss is without
+    perceptual_below: float = 0.3  # sigma of what counts as little
     lr_dropout: float = 0.07  # share of samples whose low resolution is replaced by noise
     direction: Literal["lt", "rb"] = "lt"
 
@@ -133,6 +133,8 @@ class TrainConfig:
             raise ValueError(f"loss.power={self.loss.power}: it must be 1 or 2")
         if self.loss.perceptual and not self.lpips:
             raise ValueError("loss.perceptual needs the weights of LPIPS: say lpips=FILE")
+        if self.loss.perceptual and self.data.crop < 34:
+            raise ValueError(f"data.crop={self.data.crop}: loss.perceptual needs at least 34, for what LPIPS looks at")
         if self.network is None and not self.start_from:
             raise ValueError("network=null takes the network of a weights file: say start_from=FILE")
         if self.network is not None:

@@ -94,7 +94,7 @@ def training_loss(
     largest = network.rope_side - crop // network.patch_size
     row, column = torch.randint(0, largest + 1, (2,), generator=generator, device=device).tolist()
     losses, denoised = loss_at(denoise, network, config, batch, sigma, noisy, offset=(row, column))
-    judged = sigma < config.perceptual_below
+    judged = (sigma < config.perceptual_below) & ~mean_asked
     if lpips is not None and config.perceptual and judged.any():
         # Both move by some pixels: AlexNet looks every 4 px only, and what it doesn't see would always be the same.
         top, left = torch.randint(0, 4, (2,), generator=generator, device=device).tolist()
