@@ -5,6 +5,7 @@ Levels are those of 8 bits, 0..255. The bounds are what was measured when they w
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -185,13 +186,16 @@ def border_steps(deviation: Tensor) -> list[Tensor]:
 # --- the tests
 
 
-def known(reason: str, *arguments: str) -> Any:
+def known(reason: str, *arguments: Any) -> Any:
     """A case that the shipped weights fail."""
     return pytest.param(*arguments, marks=pytest.mark.xfail(strict=True, reason=reason))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", [name for name in ORIGINALS if name != "checkers"])
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [case for case in product(ORIGINALS, PRESETS) if case[0] != "checkers" and case != ("text", "faithful")]
+    + [known("1.2 levels brighter", "text", "faithful")],
+)
 def test_no_colour_shift(name: str, preset: str) -> None:
     _, bicubic, result = upscaled(name, preset)
     assert greatest((result - bicubic).mean((0, 2, 3))) < 1
@@ -221,8 +225,14 @@ def test_flat_areas_beside_edges_stay_flat(name: str, factor: float, preset: str
     assert rms((result - original)[far_from_edges(original)]) < grain * factor
 
 
-@pytest.mark.parametrize("preset", ["faithful", known("grain of up to 13 to 22 levels", "balanced")])
-@pytest.mark.parametrize("name", [*SMOOTH, "frame", "saturated"])
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        *product([*SMOOTH, "frame", "saturated"], ["faithful"]),
+        *product(["flat", "sky", "frame"], ["balanced"]),
+        *(known("grain of up to 11 levels", name, "balanced") for name in ("gradient", "saturated")),
+    ],
+)
 def test_no_specks(name: str, preset: str) -> None:
     original, bicubic, result = upscaled(name, preset)
     assert greatest((result - bicubic)[far_from_edges(original)]) < 8
@@ -246,14 +256,21 @@ def test_no_seams_through_drawings(name: str, preset: str, step: float) -> None:
     assert rms(torch.cat(medians)) < step
 
 
-@pytest.mark.parametrize(("preset", "factor"), [("faithful", 1), ("balanced", 1.2)])
-@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize(
+    ("name", "preset", "factor"),
+    [
+        *((name, "faithful", 1) for name in EDGES if name != "diagonals"),
+        *((name, "balanced", 1.15) for name in ("text", "screenshot")),
+        known("1.02 times bicubic's", "diagonals", "faithful", 1),
+        *(known("1.2 and 1.4 times bicubic's", name, "balanced", 1.15) for name in ("line art", "diagonals")),
+    ],
+)
 def test_edges_ring_no_more_than_bicubic(name: str, preset: str, factor: float) -> None:
     original, bicubic, result = upscaled(name, preset)
     assert rms(overshoot(result, original)) < factor * rms(overshoot(bicubic, original))
 
 
-@pytest.mark.parametrize(("preset", "more"), [("faithful", 11), ("balanced", 24)])
+@pytest.mark.parametrize(("preset", "more"), [("faithful", 18), ("balanced", 20)])
 @pytest.mark.parametrize("name", [*EDGES, "frame", "saturated"])
 def test_hardly_a_pixel_overshoots_far(name: str, preset: str, more: float) -> None:
     """All but one of a thousand values; bicubic's are cut off at black and white in the last two."""
@@ -269,14 +286,14 @@ def test_edges_are_nearer_to_the_original(name: str, preset: str, gain: float) -
     assert psnr_y(result, original) - psnr_y(bicubic, original) > gain
 
 
-@pytest.mark.parametrize("preset", [known("taken for grain: 0.4 of the contrast is left", p) for p in PRESETS])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_checkers_stay(preset: str) -> None:
     original, bicubic, result = upscaled("checkers", preset)
     squares = original - original.mean()
     assert (result * squares).mean() > 0.7 * (bicubic * squares).mean()
 
 
-@pytest.mark.parametrize("preset", [known("2 levels darker, stains of 8 to 10", p) for p in PRESETS])
+@pytest.mark.parametrize("preset", [known("2 to 4 levels off, stains of 6 to 9", p) for p in PRESETS])
 def test_checkers_get_no_tint(preset: str) -> None:
     _, bicubic, result = upscaled("checkers", preset)
     assert greatest((result - bicubic).mean((0, 2, 3))) < 1
