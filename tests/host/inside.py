@@ -175,7 +175,8 @@ def samplers_of_the_host_drive_the_tiled_upscaler(h: Any) -> None:
 
     model, image = h.default(), picture(8, 8)
     sigmas = h.run("InfDiTSchedule", model=model, steps=3, start=0.5)
-    own = h.run("InfDiTUpscaleTiled", model=model, image=image, **TILED, sigmas=sigmas)
+    ours = h.run("InfDiTHeunSampler", s_churn=0.0, s_tmin=0.0, s_tmax=1000.0, s_noise=1.0)
+    own = h.run("InfDiTUpscaleTiled", model=model, image=image, **TILED, sampler=ours, sigmas=sigmas)
     names = ["heun", "euler", "euler_ancestral", "euler_cfg_pp", "dpmpp_2m_sde", "dpm_fast", "lcm", "er_sde", "uni_pc"]
     for name in names:
         sampler = comfy.samplers.sampler_object(name)
