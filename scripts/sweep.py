@@ -17,7 +17,6 @@ from torch import Tensor
 
 from infdit_core import load_infdit, upscale
 from infdit_core.diffusion.samplers import SAMPLERS
-from infdit_core.infdit import InfDiT
 from infdit_core.metrics import load_lpips, psnr_y
 
 
@@ -44,15 +43,15 @@ if unfit := [s for s in options.starts if not model.config.sigma_min < s <= mode
     parser.error(f"--starts {unfit[0]}: above {model.config.sigma_min:g}, up to {model.config.sigma_max:g}")
 lpips = load_lpips(options.lpips)
 evaluations: list[Tensor] = []  # of the setting under work, by their sigmas
-evaluate = InfDiT.denoise
+evaluate = model.denoise
 
 
-def counted(model: InfDiT, *arguments: Any, **settings: Any) -> Tensor:
+def counted(*arguments: Any, **settings: Any) -> Tensor:
     evaluations.append(arguments[1])
-    return evaluate(model, *arguments, **settings)
+    return evaluate(*arguments, **settings)
 
 
-InfDiT.denoise = counted  # type: ignore[assignment, method-assign]
+model.denoise = counted  # type: ignore[method-assign]
 originals = [(path.stem, opened(path)) for path in pictures(options.originals)]
 table = csv.writer(options.csv.open("w", newline="", buffering=1)) if options.csv else None
 if table:

@@ -93,3 +93,17 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels += random.normal(size=pixels.shape) * 3
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def alexnet() -> dict[str, Tensor]:
+    """Random weights in the layout of an LPIPS file; not to be changed."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    weights = {}
+    for i, (n, (out, into, side)) in enumerate(shapes.items()):
+        kernel = torch.randn(out, into, side, side, generator=generator)
+        weights[f"features.{n}.weight"] = kernel * (2 / (into * side**2)) ** 0.5
+        weights[f"features.{n}.bias"] = torch.zeros(out)
+        weights[f"lin{i}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
+    return weights

@@ -55,21 +55,8 @@ def test_seams_show_and_plain_noise_does_not() -> None:
         seam_energy(x[..., :32, :32], 32)
 
 
-def alexnet(seed: int = 0) -> dict[str, Tensor]:
-    """Random weights in the layout of an LPIPS file."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
-    weights = {}
-    for i, (n, (out, into, side)) in enumerate(shapes.items()):
-        kernel = torch.randn(out, into, side, side, generator=generator)
-        weights[f"features.{n}.weight"] = kernel * (2 / (into * side**2)) ** 0.5
-        weights[f"features.{n}.bias"] = torch.zeros(out)
-        weights[f"lin{i}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
-    return weights
-
-
-def test_lpips_is_a_distance_that_gradients_pass(tmp_path: Path) -> None:
-    save_file(alexnet(), tmp_path / "alex.safetensors")
+def test_lpips_is_a_distance_that_gradients_pass(tmp_path: Path, alexnet: dict[str, Tensor]) -> None:
+    save_file(alexnet, tmp_path / "alex.safetensors")
     lpips = load_lpips(tmp_path / "alex.safetensors")
     x = torch.cat([noise(), noise(1)])
     near, far = x + 0.05 * torch.cat([noise(2), noise(3)]), 1 - x
@@ -81,9 +68,8 @@ def test_lpips_is_a_distance_that_gradients_pass(tmp_path: Path) -> None:
     assert flat.grad is not None and flat.grad.isfinite().all()
 
 
-def test_lpips_wants_its_own_file(tmp_path: Path) -> None:
-    weights = alexnet()
-    del weights["lin3.model.1.weight"]
-    save_file(weights, tmp_path / "short.safetensors")
+def test_lpips_wants_its_own_file(tmp_path: Path, alexnet: dict[str, Tensor]) -> None:
+    short = {name: weight for name, weight in alexnet.items() if name != "lin3.model.1.weight"}
+    save_file(short, tmp_path / "short.safetensors")
     with pytest.raises(WeightsError, match="lin3"):
         load_lpips(tmp_path / "short.safetensors")

@@ -1,0 +1,120 @@
+"""The scripts that measure and show: run on small pictures, their figures against the library's."""
+
+import csv
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from infdit_core import upscale
+from infdit_core.metrics import psnr_y
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """run("script.py", argument, ...), in this process."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def run(script: str, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(SCRIPTS / script))
+
+    return run
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def tensor(image: Image.Image) -> Tensor:
+    """(1, 3, H, W) in 0..1."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None]
+
+
+def test_quality_measures_what_the_library_makes(
+    run: Run, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"--presets": "faithful", "--results": tmp_path / "results", "--csv": tmp_path / "quality.csv"}
+    run("quality.py", photographs, *(word for option in made.items() for word in option))
+    found = rows(tmp_path / "quality.csv")
+    assert [(row["picture"], row["name"]) for row in found] == [
+        (str(n), name) for n in range(4) for name in ("bicubic", "Lanczos", "faithful")
+    ]
+    original = Image.open(photographs / "0.png")
+    small = original.resize((28, 24), Image.Resampling.BICUBIC)
+    bicubic = small.resize(original.size, Image.Resampling.BICUBIC)
+    assert float(found[0]["psnr_y"]) == pytest.approx(psnr_y(tensor(bicubic), tensor(original)), abs=1e-3)
+    result = tensor(Image.open(tmp_path / "results" / "faithful" / "0.png"))
+    ours = upscale(tensor(small).permute(0, 2, 3, 1), scale=4, preset="faithful").permute(0, 3, 1, 2)
+    assert (result - ours).abs().max() < 0.51 / 255
+    assert float(found[2]["psnr_y"]) == pytest.approx(psnr_y(result, tensor(original)), abs=1e-3)
+    mean = np.mean([float(row["psnr_y"]) for row in found if row["name"] == "faithful"])
+    assert f"| faithful | {mean:.2f} |" in capsys.readouterr().out
+
+
+def test_degraded_low_resolutions_are_harder(run: Run, photographs: Path, tmp_path: Path) -> None:
+    for name, options in {"clean": [], "degraded": ["--degraded"]}.items():
+        run("quality.py", photographs, "--presets", "--middle", 64, "--csv", tmp_path / name, *options)
+    clean, degraded = (rows(tmp_path / name) for name in ("clean", "degraded"))
+    assert len(clean) == len(degraded) == 8
+    assert all(float(d["psnr_y"]) < float(c["psnr_y"]) for c, d in zip(clean, degraded, strict=True))
+
+
+def test_strip_shows_details_side_by_side(run: Run, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pictures = {name: random.integers(256, size=(200, 240, 3), dtype=np.uint8) for name in ("original", "a", "b")}
+    for name, pixels in pictures.items():
+        (tmp_path / "made" / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "made" / name / "one.png")
+    out = tmp_path / "strip.png"
+    run("strip.py", tmp_path / "made" / "original", out, "--of", "one:30:20", "--results", tmp_path / "made",
+        "--names", "a", "b")  # fmt: skip
+    details = [np.asarray(Image.open(out))[22:, 164 * column :][:160, :160] for column in range(4)]
+    for column, name in ((0, "original"), (2, "a"), (3, "b")):
+        assert np.array_equal(details[column], pictures[name][20:180, 30:190])
+    with pytest.raises(SystemExit, match="a/two"):
+        Image.fromarray(pictures["a"]).save(tmp_path / "made" / "original" / "two.png")
+        run("strip.py", tmp_path / "made" / "original", out, "--of", "two:0:0", "--results", tmp_path / "made",
+            "--names", "a")  # fmt: skip
+
+
+def test_sweep_counts_evaluations(
+    run: Run, photographs: Path, tmp_path: Path, alexnet: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(alexnet, tmp_path / "alex.safetensors")
+    run("sweep.py", photographs, "--lpips", tmp_path / "alex.safetensors", "--starts", 0.2, "--samplers", "euler:2",
+        "heun:2", "--csv", tmp_path / "sweep.csv")  # fmt: skip
+    table = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert table == [["| ", "the estimate", "2"], ["| 0.2", "euler, 2", "4"], ["| 0.2", "heun, 2", "5"]]
+    assert [(row["name"], row["picture"]) for row in rows(tmp_path / "sweep.csv")] == [
+        (name, str(n)) for name in ("the estimate", "euler, 2", "heun, 2") for n in range(4)
+    ]
+
+
+def test_made_pictures_are_always_the_same(run: Run, photographs: Path, tmp_path: Path) -> None:
+    for folder in ("once", "again"):
+        run("made_pictures.py", photographs, tmp_path / folder)
+    once = sorted(path.name for path in (tmp_path / "once").iterdir())
+    assert len(once) == 19  # three of five kinds, and every photograph out of focus
+    for name in once:
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("script", ["quality.py", "sweep.py", "made_pictures.py"])
+def test_a_folder_without_pictures_is_named(script: str, run: Run, tmp_path: Path, alexnet: dict[str, Tensor]) -> None:
+    save_file(alexnet, tmp_path / "alex.safetensors")
+    more = {"sweep.py": ["--lpips", tmp_path / "alex.safetensors"], "made_pictures.py": [tmp_path / "out"]}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="empty holds no pictures"):
+        run(script, tmp_path / "empty", *more.get(script, []))
