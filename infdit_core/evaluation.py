@@ -6,6 +6,7 @@ What `upscale` is made of, and a host whose own samplers drive the network.
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,34 +21,16 @@ log = logging.getLogger(__name__)
 
 TileSize = Literal["auto"] | tuple[int, int] | int | None
 
-# A block looks to the left and up only, and that leaves a faint trace at its other borders. So there are two grids of
-# blocks: one begins at the picture's corner, the other half a block before.
+# A block looks to the left and up only, and in a small network that leaves a faint trace at its other borders. Then
+# there are two grids of blocks: one begins at the picture's corner, the other half a block before.
 GRIDS = (0.0, 0.5)  # how much of a block comes before the picture
 
 
-class Turns:
-    """The other grid at every new noise level of a sampling, so that what one leaves the next one sees inside a block.
-
-    Not where the noise falls to less than an eighth in one step: a second-order sampler goes on from the difference of
-    two evaluations there, and would amplify that of the grids. Evaluations that follow one another at one level have
-    the same grid; so Heun's correction, which belongs to the level below, has the one of the next step.
-    """
-
-    def __init__(self) -> None:
-        self.turn, self.sigma = 0, math.nan
-
-    def grid(self, sigma: float) -> float:
-        """That of the next evaluation."""
-        if sigma != self.sigma and sigma > self.sigma / 8:
-            self.turn = (self.turn + 1) % len(GRIDS)
-        self.sigma = sigma
-        return GRIDS[self.turn]
-
-
-def block_grid(size: tuple[int, int], config: InfDiTConfig, grid: float = max(GRIDS)) -> tuple[int, int]:
-    """Rows and columns of blocks for a low resolution of (height, width); of the larger grid if none is named."""
+def block_grid(size: tuple[int, int], config: InfDiTConfig, grid: float | None = None) -> tuple[int, int]:
+    """Rows and columns of blocks for a low resolution of (height, width); of the largest grid if none is named."""
     side = config.block_size // config.scale
-    return math.ceil(size[0] / side + grid), math.ceil(size[1] / side + grid)
+    before = max(GRIDS[: config.grids]) if grid is None else grid
+    return math.ceil(size[0] / side + before), math.ceil(size[1] / side + before)
 
 
 def enlarged(low_res: Tensor, config: InfDiTConfig) -> Tensor:
@@ -122,21 +105,46 @@ class MemoryPlan:
             )
 
 
-def denoise_on_grid(
+def denoise(
+    model: InfDiT,
+    memory: MemoryPlan,
+    noisy: Tensor,
+    sigma: Tensor,
+    low_res: Tensor,
+    *,
+    semantic: Tensor | None = None,
+    on_tile: Callable[[Progress], None] | None = None,
+) -> Tensor:
+    """model.denoise of pictures of any size, blended from the network's grids of blocks, as the memory plan says.
+
+    noisy: (B, 3, h * scale, w * scale); low_res: (B, 3, h, w). Where memory runs out, the plan becomes smaller.
+    """
+    grids = GRIDS[: model.config.grids]
+
+    def report(before: int, progress: Progress) -> None:
+        if on_tile is not None:
+            done, total = before * progress.total + progress.done, len(grids) * progress.total
+            on_tile(Progress(done, total, progress.estimate))
+
+    first, *others = (
+        _denoise_on_grid(model, memory, noisy, sigma, low_res, grid, semantic, partial(report, number))
+        for number, grid in enumerate(grids)
+    )
+    for other in others:  # where the one has its borders, the other counts
+        first.lerp_(other, far_from_borders(first, model.config.block_size))
+    return first
+
+
+def _denoise_on_grid(
     model: InfDiT,
     memory: MemoryPlan,
     noisy: Tensor,
     sigma: Tensor,
     low_res: Tensor,
     grid: float,
-    *,
-    semantic: Tensor | None = None,
-    on_tile: Callable[[Progress], None] | None = None,
+    semantic: Tensor | None,
+    on_tile: Callable[[Progress], None],
 ) -> Tensor:
-    """model.denoise of pictures of any size, on one of GRIDS, as the memory plan says.
-
-    noisy: (B, 3, h * scale, w * scale); low_res: (B, 3, h, w). Where memory runs out, the plan becomes smaller.
-    """
     config = model.config
     height, width = noisy.shape[2:]
     rows, cols = block_grid((low_res.shape[2], low_res.shape[3]), config, grid)
@@ -149,11 +157,6 @@ def denoise_on_grid(
     noisy = on_blocks(noisy, config.block_size)
     before = int(grid * config.block_size)
     inside = (..., slice(before, before + height), slice(before, before + width))
-
-    def report(progress: Progress) -> None:
-        if on_tile is not None:
-            on_tile(progress._replace(estimate=progress.estimate[inside]))
-
     while True:
         try:
             return model.denoise(
@@ -165,7 +168,7 @@ def denoise_on_grid(
                 tile=memory.tile,
                 cache_device=memory.cache_device,
                 positions="continuous",  # the published table's wrap makes a seam every 4096 pixels
-                on_tile=report,
+                on_tile=lambda progress: on_tile(progress._replace(estimate=progress.estimate[inside])),
             )[inside]
         except RuntimeError as error:
             if not out_of_memory(error):

@@ -3,15 +3,16 @@
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .diffusion import edm
+from . import evaluation
 from .diffusion.samplers import SAMPLERS, Noise
-from .evaluation import GRIDS, MemoryPlan, TileSize, Turns, denoise_on_grid, enlarged, far_from_borders
+from .evaluation import MemoryPlan, TileSize, enlarged
 from .images import match_low_frequencies, match_mean_deviation, resize
 from .infdit.checkpoint import load_infdit
 from .infdit.config import InfDiTConfig, Preset
@@ -97,7 +98,7 @@ def upscale(
     the result. semantic: (1 or B, semantic_size), a CLIP vector for every picture or one for all.
     preset: faithful, balanced or detailed, as the weights define them; steps and start override it: start is the
     sigma of the noise put on a first estimate, from where the sampler takes `steps` steps; steps = 1 alone is that
-    estimate, two evaluations from the largest sigma. sigmas: a schedule of your own in their place, n + 1 falling
+    estimate, one evaluation from the largest sigma. sigmas: a schedule of your own in their place, n + 1 falling
     values; one that starts below the weights' largest sigma starts on the estimate. sampler: heun, euler, ddim or
     dpmpp_2m, or a function with the signature of those, instead of the preset's. seed: every picture's own, so that
     it doesn't matter what else is in the batch. tile: blocks a step, "auto" by free memory, None all at once; never
@@ -193,8 +194,8 @@ class _Schedule(NamedTuple):
     def evaluations(self, sampler: Sampler) -> int:
         """How many it takes, counted on a single pixel: samplers differ, and may be a host's."""
         if self.only_estimate:
-            return len(GRIDS)
-        calls = len(GRIDS) if self.from_estimate else 0
+            return 1
+        calls = int(self.from_estimate)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             nonlocal calls
@@ -224,12 +225,9 @@ def _schedule(
         )
     if start is None and steps != 1:
         start = preset.start
-    steps = steps or preset.steps
-    if start is None:
-        levels = edm.sigmas(steps, config.sigma_min, config.sigma_max)
-    else:
-        levels = edm.sigmas(steps, config.sigma_min, start)
-    return _Schedule(levels, from_estimate=start is not None, only_estimate=start is None and steps == 1)
+    preset = replace(preset, steps=steps or preset.steps, start=start)
+    levels = preset.sigmas(config.sigma_min, config.sigma_max)
+    return _Schedule(levels, from_estimate=start is not None, only_estimate=start is None and preset.steps == 1)
 
 
 def _passes(size: tuple[int, int], target: tuple[int, int], scale: int) -> list[tuple[int, int]]:
@@ -261,24 +259,17 @@ def _enlarge(
     config = model.config
     noise = noise_of(seed)
     memory = MemoryPlan(model, (x.shape[2], x.shape[3]), tile)
-    turns = Turns()
-
-    def on_grid(grid: float, noisy: Tensor, sigma: Tensor) -> Tensor:
-        denoised = denoise_on_grid(model, memory, noisy, sigma, x, grid, semantic=semantic, on_tile=on_tile)
-        on_evaluation()
-        return denoised
 
     def denoise(noisy: Tensor, sigma: Tensor) -> Tensor:
-        return on_grid(turns.grid(float(sigma)), noisy, sigma)
+        denoised = evaluation.denoise(model, memory, noisy, sigma, x, semantic=semantic, on_tile=on_tile)
+        on_evaluation()
+        return denoised
 
     def estimate(upsampled: Tensor) -> Tensor:
         # A residual network is trained to answer no noise at sigma_max with the mean of all pictures that the
         # low resolution allows; in a picture network noise takes that place, as in the paper's start.
-        sigma = torch.tensor(config.sigma_max)
-        first = upsampled if config.parametrisation == "residual" else upsampled + sigma * noise(upsampled)
-        result = on_grid(GRIDS[0], first, sigma)
-        # Where the one has its block borders the other counts.
-        return result.lerp_(on_grid(GRIDS[1], first, sigma), far_from_borders(first, config.block_size))
+        first = upsampled if config.parametrisation == "residual" else upsampled + config.sigma_max * noise(upsampled)
+        return denoise(first, torch.tensor(config.sigma_max))
 
     result = enlarged(x, config)
     if schedule.only_estimate or schedule.from_estimate:

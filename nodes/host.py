@@ -24,10 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..infdit_core import semantics
+from ..infdit_core import evaluation, semantics
 from ..infdit_core import upscale as upscale_pictures
 from ..infdit_core.diffusion import samplers
-from ..infdit_core.evaluation import MemoryPlan, TileSize, Turns, block_grid, denoise_on_grid
+from ..infdit_core.evaluation import MemoryPlan, TileSize, block_grid
 from ..infdit_core.infdit import InfDiT, load_infdit
 from ..infdit_core.upscale import Sampler, UpscaleProgress, noise_of, working_memory
 from ..infdit_core.weights import WeightsError
@@ -139,9 +139,8 @@ class InfDiTModel(comfy.model_base.BaseModel):
         self.begin()
 
     def begin(self) -> None:
-        """A new sampling: what runs out of memory in it isn't tried again, and its grids take turns."""
+        """A new sampling: what runs out of memory in it isn't tried again."""
         self.plan: MemoryPlan | None = None
-        self.turns = Turns()
 
     def get_dtype(self) -> torch.dtype:
         return self.weight_dtype
@@ -172,16 +171,14 @@ class InfDiTModel(comfy.model_base.BaseModel):
         size = (low_res.shape[2], low_res.shape[3])
         if self.plan is None or self.plan.grid != block_grid(size, network.config):
             self.plan = MemoryPlan(network, size, "auto")
-        grid = self.turns.grid(float(t.max()))
 
         def denoise(i: int) -> Tensor:
-            return denoise_on_grid(
+            return evaluation.denoise(
                 network,
                 self.plan,
                 x[i : i + 1],
                 t[i],
                 low_res[i : i + 1],
-                grid,
                 semantic=None if semantic is None else semantic[i : i + 1],
                 on_tile=lambda _: management.throw_exception_if_processing_interrupted(),
             )

@@ -1,6 +1,6 @@
-"""Try starts, steps and samplers on originals that are reduced to a quarter first: what presets are chosen by.
+"""Try starts, ends, steps and samplers on originals that are reduced to a quarter first: what presets are chosen by.
 
-sweep.py ORIGINALS --lpips FILE [--starts SIGMA ...] [--samplers NAME:STEPS ...] [--csv FILE]
+sweep.py ORIGINALS --lpips FILE [--starts SIGMA ...] [--ends SIGMA ...] [--samplers NAME:STEPS ...] [--csv FILE]
 
 Prints a table in Markdown, means over the pictures; `plane.py` draws what --csv writes.
 """
@@ -16,6 +16,7 @@ from originals import opened, pictures, reduced, tensor
 from torch import Tensor
 
 from infdit_core import load_infdit, upscale
+from infdit_core.diffusion import edm
 from infdit_core.diffusion.samplers import SAMPLERS
 from infdit_core.metrics import load_lpips, psnr_y
 
@@ -31,10 +32,9 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("originals", type=Path)
 parser.add_argument("--lpips", type=Path, required=True, help="AlexNet LPIPS weights")
 parser.add_argument("--model", type=Path, help="weights file (the shipped default)")
-parser.add_argument("--starts", nargs="*", type=float, default=[0.15, 0.25, 0.4, 0.6])
-parser.add_argument(
-    "--samplers", nargs="*", type=sampler_steps, default=[("euler", 3), ("euler", 6), ("dpmpp_2m", 4), ("heun", 4)]
-)
+parser.add_argument("--starts", nargs="*", type=float, default=[0.25, 0.4, 0.6])
+parser.add_argument("--ends", nargs="*", type=float, default=[0.05, 0.08], help="where the last step begins")
+parser.add_argument("--samplers", nargs="*", type=sampler_steps, default=[("euler", 2), ("euler", 3), ("heun", 2)])
 parser.add_argument("--csv", type=Path, help="write the figures of every picture")
 options = parser.parse_args()
 
@@ -56,19 +56,22 @@ originals = [(path.stem, opened(path)) for path in pictures(options.originals)]
 table = csv.writer(options.csv.open("w", newline="", buffering=1)) if options.csv else None
 if table:
     table.writerow(["picture", "name", "start", "psnr_y", "lpips"])
-print("| start | sampler, steps | evaluations | PSNR-Y | LPIPS |\n|---|---|---|---|---|")
-settings: list[dict[str, object]] = [{"steps": 1}]
-settings += [{"start": s, "sampler": name, "steps": n} for name, n in options.samplers for s in options.starts]
-for setting in settings:
-    name = f"{setting['sampler']}, {setting['steps']}" if "start" in setting else "the estimate"
-    start, figures = setting.get("start", ""), []
+print("| start | end | sampler, steps | evaluations | PSNR-Y | LPIPS |\n|---|---|---|---|---|---|")
+settings: dict[tuple[str, str, str], dict[str, Any]] = {("", "", "the estimate"): {"steps": 1}}
+for sampler, steps in options.samplers:
+    for end in options.ends:
+        for start in options.starts:
+            levels = edm.sigmas(steps, end, start)
+            settings[f"{start:g}", f"{end:g}", f"{sampler}, {steps}"] = {"sampler": sampler, "sigmas": levels}
+for (start, end, name), setting in settings.items():
+    figures = []
     evaluations.clear()
     for picture, image in originals:
-        large = upscale(tensor(reduced(image)), model=model, scale=4, **setting)  # type: ignore[arg-type]
+        large = upscale(tensor(reduced(image)), model=model, scale=4, **setting)
         x, original = (t.permute(0, 3, 1, 2) for t in ((large * 255).round() / 255, tensor(image)))
         figures.append((psnr_y(x, original), float(lpips(x, original))))
         if table:
-            table.writerow([picture, name, start, *figures[-1]])
+            table.writerow([picture, f"{name}, end {end}" if end else name, start, *figures[-1]])
     psnr, distance = np.mean(figures, axis=0)
-    print(f"| {start} | {name} | {len(evaluations) // len(originals)} | {psnr:.2f} | {distance:.3f} |")
+    print(f"| {start} | {end} | {name} | {len(evaluations) // len(originals)} | {psnr:.2f} | {distance:.3f} |")
     sys.stdout.flush()

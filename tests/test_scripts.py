@@ -5,6 +5,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infdit_core import upscale
+from infdit_core import InfDiT, upscale
+from infdit_core.infdit import save_infdit
 from infdit_core.metrics import psnr_y
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -22,10 +24,12 @@ Run = Callable[..., None]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """run("script.py", argument, ...), in this process."""
+    """run("script.py", argument, ..., option=value or list of values), in this process."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
-    def run(script: str, *arguments: object) -> None:
+    def run(script: str, *arguments: Path, **options: Any) -> None:
+        for name, value in options.items():
+            arguments += (f"--{name}", *(value if isinstance(value, list) else [value]))
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         runpy.run_path(str(SCRIPTS / script))
 
@@ -45,8 +49,7 @@ def tensor(image: Image.Image) -> Tensor:
 def test_quality_measures_what_the_library_makes(
     run: Run, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = {"--presets": "faithful", "--results": tmp_path / "results", "--csv": tmp_path / "quality.csv"}
-    run("quality.py", photographs, *(word for option in made.items() for word in option))
+    run("quality.py", photographs, presets="faithful", results=tmp_path / "results", csv=tmp_path / "quality.csv")
     found = rows(tmp_path / "quality.csv")
     assert [(row["picture"], row["name"]) for row in found] == [
         (str(n), name) for n in range(4) for name in ("bicubic", "Lanczos", "faithful")
@@ -64,8 +67,8 @@ def test_quality_measures_what_the_library_makes(
 
 
 def test_degraded_low_resolutions_are_harder(run: Run, photographs: Path, tmp_path: Path) -> None:
-    for name, options in {"clean": [], "degraded": ["--degraded"]}.items():
-        run("quality.py", photographs, "--presets", "--middle", 64, "--csv", tmp_path / name, *options)
+    for name, options in {"clean": {}, "degraded": {"degraded": []}}.items():
+        run("quality.py", photographs, presets=[], middle=64, csv=tmp_path / name, **options)
     clean, degraded = (rows(tmp_path / name) for name in ("clean", "degraded"))
     assert len(clean) == len(degraded) == 8
     assert all(float(d["psnr_y"]) < float(c["psnr_y"]) for c, d in zip(clean, degraded, strict=True))
@@ -78,27 +81,36 @@ def test_strip_shows_details_side_by_side(run: Run, tmp_path: Path) -> None:
         (tmp_path / "made" / name).mkdir(parents=True)
         Image.fromarray(pixels).save(tmp_path / "made" / name / "one.png")
     out = tmp_path / "strip.png"
-    run("strip.py", tmp_path / "made" / "original", out, "--of", "one:30:20", "--results", tmp_path / "made",
-        "--names", "a", "b")  # fmt: skip
+    run("strip.py", tmp_path / "made" / "original", out, of="one:30:20", results=tmp_path / "made", names=["a", "b"])
     details = [np.asarray(Image.open(out))[22:, 164 * column :][:160, :160] for column in range(4)]
     for column, name in ((0, "original"), (2, "a"), (3, "b")):
         assert np.array_equal(details[column], pictures[name][20:180, 30:190])
     with pytest.raises(SystemExit, match="a/two"):
         Image.fromarray(pictures["a"]).save(tmp_path / "made" / "original" / "two.png")
-        run("strip.py", tmp_path / "made" / "original", out, "--of", "two:0:0", "--results", tmp_path / "made",
-            "--names", "a")  # fmt: skip
+        run("strip.py", tmp_path / "made" / "original", out, of="two:0:0", results=tmp_path / "made", names="a")
 
 
 def test_sweep_counts_evaluations(
-    run: Run, photographs: Path, tmp_path: Path, alexnet: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+    run: Run,
+    photographs: Path,
+    tmp_path: Path,
+    alexnet: dict[str, Tensor],
+    tiny_model: Callable[..., InfDiT],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     save_file(alexnet, tmp_path / "alex.safetensors")
-    run("sweep.py", photographs, "--lpips", tmp_path / "alex.safetensors", "--starts", 0.2, "--samplers", "euler:2",
-        "heun:2", "--csv", tmp_path / "sweep.csv")  # fmt: skip
-    table = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert table == [["| ", "the estimate", "2"], ["| 0.2", "euler, 2", "4"], ["| 0.2", "heun, 2", "5"]]
+    save_infdit(tmp_path / "tiny.safetensors", tiny_model(num_layers=1, parametrisation="residual", grids=2))
+    weights = {"lpips": tmp_path / "alex.safetensors", "model": tmp_path / "tiny.safetensors"}
+    tried = {"starts": 0.2, "ends": 0.05, "samplers": ["euler:2", "heun:2"]}
+    run("sweep.py", photographs, **weights, **tried, csv=tmp_path / "sweep.csv")
+    table = [line.split(" | ")[:4] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert table == [
+        ["| ", "", "the estimate", "2"],
+        ["| 0.2", "0.05", "euler, 2", "6"],
+        ["| 0.2", "0.05", "heun, 2", "8"],
+    ]
     assert [(row["name"], row["picture"]) for row in rows(tmp_path / "sweep.csv")] == [
-        (name, str(n)) for name in ("the estimate", "euler, 2", "heun, 2") for n in range(4)
+        (name, str(n)) for name in ("the estimate", "euler, 2, end 0.05", "heun, 2, end 0.05") for n in range(4)
     ]
 
 
@@ -111,10 +123,7 @@ def test_made_pictures_are_always_the_same(run: Run, photographs: Path, tmp_path
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-@pytest.mark.parametrize("script", ["quality.py", "sweep.py", "made_pictures.py"])
-def test_a_folder_without_pictures_is_named(script: str, run: Run, tmp_path: Path, alexnet: dict[str, Tensor]) -> None:
-    save_file(alexnet, tmp_path / "alex.safetensors")
-    more = {"sweep.py": ["--lpips", tmp_path / "alex.safetensors"], "made_pictures.py": [tmp_path / "out"]}
+def test_a_folder_without_pictures_is_named(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="empty holds no pictures"):
-        run(script, tmp_path / "empty", *more.get(script, []))
+        run("quality.py", tmp_path / "empty")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, upscale
-from infdit_core.evaluation import Turns
 from infdit_core.images import resize
 from infdit_core.infdit import Preset
 from infdit_core.upscale import UpscaleProgress, _passes, target_size
@@ -20,6 +20,12 @@ PRESETS = {"faithful": Preset(1), "balanced": Preset(2, 0.1)}
 @pytest.fixture
 def model(tiny_model: Callable[..., InfDiT]) -> InfDiT:
     return tiny_model(num_layers=1, parametrisation="residual", sigma_data=0.1, sigma_max=2.0, presets=_Frozen(PRESETS))
+
+
+@pytest.fixture
+def two_grids(tiny_model: Callable[..., InfDiT]) -> InfDiT:
+    settings = {"parametrisation": "residual", "sigma_data": 0.1, "sigma_max": 2.0, "grids": 2}
+    return tiny_model(num_layers=1, presets=_Frozen(PRESETS), **settings)
 
 
 class _Frozen(dict):  # hashable, so that the fixture can be cached
@@ -101,10 +107,10 @@ def test_settings_choose_the_evaluations(model: InfDiT, monkeypatch: pytest.Monk
         upscale(image(4, 4), model=model, scale=4, **settings)  # type: ignore[arg-type]
         return list(seen)
 
-    assert sigmas(preset="faithful") == sigmas(steps=1) == [2.0, 2.0]
-    assert sigmas() == [2.0, 2.0, 0.1, 0.002, 0.002]
-    assert sigmas(steps=1, start=0.05) == [2.0, 2.0, 0.05]
-    assert sigmas(steps=3, sampler="euler")[:3] == [2.0, 2.0, 0.1] and len(sigmas(steps=3, sampler="euler")) == 5
+    assert sigmas(preset="faithful") == sigmas(steps=1) == [2.0]
+    assert sigmas() == [2.0, 0.1, 0.002, 0.002]
+    assert sigmas(steps=1, start=0.05) == [2.0, 0.05]
+    assert sigmas(steps=3, sampler="euler")[:2] == [2.0, 0.1] and len(sigmas(steps=3, sampler="euler")) == 4
     assert sigmas(preset="faithful", steps=2) == [2.0, 0.002, 0.002], "without a start: from the largest sigma"
 
 
@@ -115,20 +121,25 @@ def borders(like: Tensor, block: int, mark: float) -> Tensor:
     return like + mark * (rows[:, None] | cols)
 
 
-def test_block_borders_of_one_grid_vanish_in_the_other(model: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("settings", [{"steps": 1}, {"sigmas": torch.tensor([0.1, 0.0]), "sampler": "euler"}])
+def test_block_borders_of_one_grid_vanish_in_the_other(
+    two_grids: InfDiT, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def marking(self: InfDiT, noisy: Tensor, *args: object, **kwargs: object) -> Tensor:
         return borders(torch.zeros_like(noisy), self.config.block_size, 0.5)
 
     monkeypatch.setattr(InfDiT, "denoise", marking)
-    block = model.config.block_size
+    block = two_grids.config.block_size
     low_res = torch.full((1, 2 * block // 4 + 3, 3 * block // 4 + 1, 3), 0.5)
-    result = upscale(low_res, model=model, scale=4, steps=1)[0, :, :, 0] - 0.5
+    result = upscale(low_res, model=two_grids, scale=4, **settings)[0, :, :, 0] - 0.5
     one_grid = borders(torch.zeros(1, 1, *result.shape), block, 0.25)
     # Their plain mean would have half of it; a little is left where borders of both cross.
     assert 0 < result.square().mean() < 0.2 * one_grid.square().mean()
 
 
-def test_evaluations_take_turns_with_the_grid(model: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_say_how_many_grids(
+    model: InfDiT, two_grids: InfDiT, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., InfDiT]
+) -> None:
     seen: list[tuple[int, ...]] = []
     original = InfDiT.denoise
 
@@ -139,11 +150,15 @@ def test_evaluations_take_turns_with_the_grid(model: InfDiT, monkeypatch: pytest
     monkeypatch.setattr(InfDiT, "denoise", watched)
     block = model.config.block_size
     side = 2 * block // model.config.scale
-    upscale(image(side, side), model=model, scale=4, sigmas=torch.tensor([0.1, 0.05, 0.02, 0.0]), sampler="euler")
-    assert seen == [(2 * block,) * 2, (3 * block,) * 2] * 2 + [(2 * block,) * 2]
+    for network, sizes in ((model, [2]), (two_grids, [2, 3])):
+        seen.clear()
+        upscale(image(side, side), model=network, scale=4, sigmas=torch.tensor([0.1, 0.05, 0.0]), sampler="euler")
+        assert seen == [(blocks * block,) * 2 for blocks in sizes] * 3
+    with pytest.raises(ValueError, match="grids is 3"):
+        tiny_model(grids=3)
 
 
-def test_what_the_network_sees_is_in_register(model: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_network_sees_is_in_register(two_grids: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noisy picture and enlarged low resolution go on alike beyond the edges: without noise they are the same."""
     grids = 0
 
@@ -156,15 +171,8 @@ def test_what_the_network_sees_is_in_register(model: InfDiT, monkeypatch: pytest
 
     monkeypatch.setattr(InfDiT, "denoise", checked)
     picture = resize(image(4, 4).permute(0, 3, 1, 2), (13, 22)).clamp(0, 1).permute(0, 2, 3, 1)
-    upscale(picture, model=model, scale=4, steps=1)
+    upscale(picture, model=two_grids, scale=4, steps=1)
     assert grids == 2
-
-
-def test_a_level_keeps_its_grid() -> None:
-    turns = Turns()
-    assert [turns.grid(sigma) for sigma in (0.4, 0.2, 0.2, 0.1, 0.2)] == [0.0, 0.5, 0.5, 0.0, 0.5]
-    turns = Turns()
-    assert [turns.grid(sigma) for sigma in (2.0, 0.2, 0.2, 0.1)] == [0.0, 0.0, 0.0, 0.5], "a large step keeps it"
 
 
 def test_a_preset_has_its_sampler(tiny_model: Callable[..., InfDiT]) -> None:
@@ -175,6 +183,17 @@ def test_a_preset_has_its_sampler(tiny_model: Callable[..., InfDiT]) -> None:
     assert torch.equal(own, euler) and not torch.equal(own, heun)
     with pytest.raises(ValueError, match="dpmpp_2m"):
         tiny_model(**settings, presets=_Frozen({"balanced": Preset(2, 0.1, "magic")}))
+
+
+def test_a_preset_has_its_last_level(tiny_model: Callable[..., InfDiT]) -> None:
+    preset = Preset(3, 0.4, "euler", end=0.08)
+    levels = preset.sigmas(0.005, 2.0)
+    assert levels[[0, 2, 3]].tolist() == pytest.approx([0.4, 0.08, 0.0]) and len(levels) == 4
+    assert replace(preset, start=0.05).sigmas(0.005, 2.0)[2] == pytest.approx(0.005), "an end above the start is none"
+    assert replace(preset, start=None).sigmas(0.005, 2.0)[[0, 2]].tolist() == pytest.approx([2.0, 0.08])
+    assert "0.4, the last from 0.08" in preset.describe()
+    with pytest.raises(ValueError, match="end"):
+        tiny_model(presets=_Frozen({"balanced": Preset(2, 0.1, end=50.0)}))
 
 
 def test_faithful_feeds_a_residual_network_no_noise(model: InfDiT) -> None:
@@ -210,7 +229,7 @@ def test_out_of_memory_lowers_the_tile_then_moves_keys_and_values(
     expected = upscale(image(9, 9), model=model, scale=4, steps=1)
     monkeypatch.setattr(InfDiT, "denoise", short)
     assert torch.allclose(upscale(image(9, 9), model=model, scale=4, steps=1, tile=3), expected, atol=1e-5)
-    assert tried == [((3, 3), None), ((2, 2), None), ((1, 1), None), ((1, 1), "cpu"), ((1, 1), "cpu")]
+    assert tried == [((3, 3), None), ((2, 2), None), ((1, 1), None), ((1, 1), "cpu")]
     assert "1 x 1 blocks" in caplog.text and "host memory" in caplog.text
 
     def never(self: InfDiT, *args: object, **kwargs: object) -> Tensor:

@@ -24,6 +24,7 @@ _METADATA_FIELDS = (
     "sigma_data",
     "sigma_min",
     "sigma_max",
+    "grids",
 )  # not in the shapes
 
 
@@ -184,6 +185,7 @@ def describe(file: WeightsFile) -> dict[str, str]:
         "precision": ", ".join(precisions),
         "diffuses": f"{config.parametrisation}, sigma_data {config.sigma_data:g}, "
         f"sigma {config.sigma_min:g} to {config.sigma_max:g}",
+        "grids of blocks": str(config.grids),
         "presets": "; ".join(f"{name}: {preset.describe()}" for name, preset in config.presets.items()),
         "CLIP image tower": f"{sum(math.prod(file.shapes[name]) for name in tower):,} parameters" if tower else "none",
     }

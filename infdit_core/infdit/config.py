@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from torch import Tensor
+
+from ..diffusion import edm
 from ..diffusion.samplers import SAMPLERS
 
 Parametrisation = Literal["picture", "residual"]
@@ -14,21 +17,26 @@ class Preset:
     """How to sample, how long, and from where.
 
     start: sigma of the noise put on a first estimate, from where `steps` steps of a sampler go down; None: a run from
-    sigma_max, which with one step is that estimate itself.
+    sigma_max, which with one step is that estimate itself. end: sigma where the last step begins; None: sigma_min.
     """
 
     steps: int
     start: float | None = None
     sampler: str = "heun"
+    end: float | None = None
 
     def describe(self) -> str:
-        if self.start is None:
-            return (
-                "the first estimate alone"
-                if self.steps == 1
-                else f"{self.steps} steps of {self.sampler} from the largest sigma"
-            )
-        return f"the first estimate, then {self.steps} steps of {self.sampler} from sigma {self.start:g}"
+        if self.start is None and self.steps == 1:
+            return "the first estimate alone"
+        start = "the largest sigma" if self.start is None else f"sigma {self.start:g}"
+        steps = f"{self.steps} steps of {self.sampler} from {start}"
+        steps += "" if self.end is None else f", the last from {self.end:g}"
+        return steps if self.start is None else f"the first estimate, then {steps}"
+
+    def sigmas(self, sigma_min: float, sigma_max: float) -> Tensor:
+        """Its noise levels for weights with these limits, falling to 0: (steps + 1,)."""
+        start = self.start or sigma_max
+        return edm.sigmas(self.steps, self.end if self.end and self.end < start else sigma_min, start)
 
 
 # For files that say nothing, the published ones: the paper samples 20 steps from sigma_max.
@@ -58,6 +66,7 @@ class InfDiTConfig:
     sigma_data: float = 0.5
     sigma_min: float = 0.002
     sigma_max: float = 40.0
+    grids: int = 1  # of blocks, that pictures are made of: 2 where the network leaves traces at its blocks' borders
     presets: dict[str, Preset] = field(default_factory=PUBLISHED_PRESETS.copy)
 
     @property
@@ -92,8 +101,13 @@ class InfDiTConfig:
             raise ValueError(f"preconditioning {self.preconditioning!r} is not known to this version")
         if not 0 < self.sigma_min <= self.sigma_max or self.sigma_data <= 0 or self.rope_side < 1:
             raise ValueError("sigma_data, 0 < sigma_min <= sigma_max and rope_side must be positive and in order")
+        if self.grids not in (1, 2):
+            raise ValueError(f"grids is {self.grids}: it must be 1 or 2")
         if any(preset.steps < 1 for preset in self.presets.values()):
             raise ValueError("a preset needs at least one step")
+        ends = [preset.end for preset in self.presets.values() if preset.end is not None]
+        if not all(self.sigma_min <= end <= self.sigma_max for end in ends):
+            raise ValueError(f"a preset's end must lie between sigma_min and sigma_max, not {ends}")
         if unknown := [preset.sampler for preset in self.presets.values() if preset.sampler not in SAMPLERS]:
             raise ValueError(f"a preset's sampler is {unknown[0]!r}: it must be one of {', '.join(SAMPLERS)}")
         if self.hidden_size % self.num_heads or self.head_size % 4:

@@ -228,11 +228,11 @@ def _network(config: TrainConfig) -> InfDiT:
     if config.start_from:
         network = load_infdit(None if config.start_from == "default" else config.start_from)
         found, wanted = network.config, config.network
-        if wanted is not None and (wrong := differences(replace(wanted, presets={}), replace(found, presets={}))):
+        sampling: dict[str, Any] = {} if wanted is None else {"presets": wanted.presets, "grids": wanted.grids}
+        if wanted is not None and (wrong := differences(wanted, replace(found, **sampling))):
             said = ", ".join(f"{key} {b} instead of {a}" for key, (a, b) in wrong.items())
             raise TrainingError(f"{config.start_from} holds another network: {said}. Say network=null to take that one")
-        if wanted is not None:
-            network.config = replace(found, presets=wanted.presets)
+        network.config = replace(found, **sampling)
         network.train().requires_grad_(True)
     else:
         assert config.network is not None
@@ -281,7 +281,7 @@ def _settle(config: TrainConfig, out: Path, fabric: Fabric) -> None:
         if path.exists() and checkpoints.newest(out / "checkpoints"):
             changed = differences(parse([str(path)]), config)
             fixed = [key for key in changed if key.startswith(("network.", "lora.", "optimizer.kind"))]
-            fixed = [key for key in fixed if key != "network.presets"]
+            fixed = [key for key in fixed if key not in ("network.presets", "network.grids")]
             if "clip" in changed and not all(changed["clip"]):  # what is trained depends on it
                 fixed.append("clip")
             if fixed:

@@ -129,7 +129,7 @@ def sampled(h: Any, model: Any, image: Any, steps: int, seed: int, cfg: float = 
 def ksampler_with_heun_and_karras_is_edm_heun(h: Any) -> None:
     """For the published parametrisation and the shipped weights' own."""
     samplers, edm = h.core.diffusion.samplers, h.core.diffusion.edm
-    grids = sys.modules[f"{h.core.__name__}.evaluation"]
+    evaluation = sys.modules[f"{h.core.__name__}.evaluation"]
     for model in (h.default(), h.model("picture.safetensors")):
         network = model.model.diffusion_model
         config = network.config
@@ -139,12 +139,10 @@ def ksampler_with_heun_and_karras_is_edm_heun(h: Any) -> None:
         sigmas = edm.sigmas(4, config.sigma_min, config.sigma_max)
         noise = h.torch.randn(upsampled.shape, generator=h.torch.Generator().manual_seed(11))
 
-        turns, plan = grids.Turns(), grids.MemoryPlan(network, (image.shape[1], image.shape[2]), None)
+        plan = evaluation.MemoryPlan(network, (image.shape[1], image.shape[2]), None)
 
-        def denoise(
-            x: Any, sigma: Any, network: Any = network, low_res: Any = low_res, turns: Any = turns, plan: Any = plan
-        ) -> Any:
-            return grids.denoise_on_grid(network, plan, x, sigma, low_res, turns.grid(float(sigma)))
+        def denoise(x: Any, sigma: Any, network: Any = network, low_res: Any = low_res, plan: Any = plan) -> Any:
+            return evaluation.denoise(network, plan, x, sigma, low_res)
 
         expected = samplers.heun(denoise, upsampled + sigmas[0] * noise, sigmas).clamp(-1, 1).add(1).div(2)
         found = sampled(h, model, image, steps=4, seed=11)
