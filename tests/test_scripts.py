@@ -27,7 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """run("script.py", argument, ..., option=value or list of values), in this process."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
-    def run(script: str, *arguments: Path, **options: Any) -> None:
+    def run(script: str, *arguments: object, **options: Any) -> None:
         for name, value in options.items():
             arguments += (f"--{name}", *(value if isinstance(value, list) else [value]))
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
