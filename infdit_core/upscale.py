@@ -265,15 +265,13 @@ def _enlarge(
         on_evaluation()
         return denoised
 
-    def estimate(upsampled: Tensor) -> Tensor:
-        # A residual network is trained to answer no noise at sigma_max with the mean of all pictures that the
-        # low resolution allows; in a picture network noise takes that place, as in the paper's start.
-        first = upsampled if config.parametrisation == "residual" else upsampled + config.sigma_max * noise(upsampled)
-        return denoise(first, torch.tensor(config.sigma_max))
-
     result = enlarged(x, config)
     if schedule.only_estimate or schedule.from_estimate:
-        result = estimate(result)
+        # A residual network is trained to answer no noise at sigma_max with the mean of all pictures that the
+        # low resolution allows; in a picture network noise takes that place, as in the paper's start.
+        if config.parametrisation == "picture":
+            result = noise(result).mul_(config.sigma_max).add_(result)
+        result = denoise(result, torch.tensor(config.sigma_max))
     if not schedule.only_estimate:
         result = noise(result).mul_(schedule.sigmas[0]).add_(result)
         result = sampler(denoise, result, schedule.sigmas, noise=noise)
