@@ -229,8 +229,9 @@ def test_flat_areas_beside_edges_stay_flat(name: str, factor: float, preset: str
     ("name", "preset"),
     [
         *product([*SMOOTH, "frame", "saturated"], ["faithful"]),
-        *product(["flat", "sky", "frame"], ["balanced"]),
-        *(known("grain of up to 11 levels", name, "balanced") for name in ("gradient", "saturated")),
+        ("frame", "balanced"),
+        *(known("grain of up to 10 levels", name, "balanced") for name in ("flat", "sky")),
+        *(known("grain of up to 16 levels", name, "balanced") for name in ("gradient", "saturated")),
     ],
 )
 def test_no_specks(name: str, preset: str) -> None:
@@ -238,7 +239,7 @@ def test_no_specks(name: str, preset: str) -> None:
     assert greatest((result - bicubic)[far_from_edges(original)]) < 8
 
 
-@pytest.mark.parametrize(("preset", "step"), [("faithful", 1.3), ("balanced", 2.7)])
+@pytest.mark.parametrize(("preset", "step"), [("faithful", 1.0), ("balanced", 2.0)])
 @pytest.mark.parametrize("name", SMOOTH)
 def test_no_seams_where_it_is_smooth(name: str, preset: str, step: float) -> None:
     """No stretch of a border as long as a block steps by more, in the mean along it."""
