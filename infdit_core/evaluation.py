@@ -118,6 +118,7 @@ def denoise(
     """model.denoise of pictures of any size, blended from the network's grids of blocks, as the memory plan says.
 
     noisy: (B, 3, h * scale, w * scale); low_res: (B, 3, h, w). Where memory runs out, the plan becomes smaller.
+    on_tile counts the tiles of all grids. Returns the estimate, shaped as noisy; raises MemoryError where no plan fits.
     """
     grids = GRIDS[: model.config.grids]
 

@@ -33,7 +33,7 @@ parser.add_argument("originals", type=Path)
 parser.add_argument("--lpips", type=Path, required=True, help="AlexNet LPIPS weights")
 parser.add_argument("--model", type=Path, help="weights file (the shipped default)")
 parser.add_argument("--starts", nargs="*", type=float, default=[0.25, 0.4, 0.6])
-parser.add_argument("--ends", nargs="*", type=float, default=[0.05, 0.08], help="where the last step begins")
+parser.add_argument("--ends", nargs="*", type=float, default=[0.08, 0.12], help="where the last step begins")
 parser.add_argument("--samplers", nargs="*", type=sampler_steps, default=[("euler", 2), ("euler", 3), ("heun", 2)])
 parser.add_argument("--csv", type=Path, help="write the figures of every picture")
 options = parser.parse_args()
@@ -41,6 +41,8 @@ options = parser.parse_args()
 model = load_infdit(options.model)
 if unfit := [s for s in options.starts if not model.config.sigma_min < s <= model.config.sigma_max]:
     parser.error(f"--starts {unfit[0]}: above {model.config.sigma_min:g}, up to {model.config.sigma_max:g}")
+if unfit := [end for end in options.ends if not 0 < end <= min(options.starts, default=end)]:
+    parser.error(f"--ends {unfit[0]}: above 0, and no higher than any of --starts")
 lpips = load_lpips(options.lpips)
 evaluations: list[Tensor] = []  # of the setting under work, by their sigmas
 evaluate = model.denoise
