@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .images import pad_by_reflection, resize
+from .images import pad_by_reflection
 from .infdit.config import InfDiTConfig
 from .infdit.model import InfDiT, Progress
 from .memory import available_memory, out_of_memory
@@ -31,11 +31,6 @@ def block_grid(size: tuple[int, int], config: InfDiTConfig, grid: float | None =
     side = config.block_size // config.scale
     before = max(GRIDS[: config.grids]) if grid is None else grid
     return math.ceil(size[0] / side + before), math.ceil(size[1] / side + before)
-
-
-def enlarged(low_res: Tensor, config: InfDiTConfig) -> Tensor:
-    """What the network goes by: (B, 3, h, w) in [-1, 1] -> the same pictures enlarged bicubically."""
-    return resize(low_res, (low_res.shape[2] * config.scale, low_res.shape[3] * config.scale)).clamp_(-1, 1)
 
 
 def far_from_borders(like: Tensor, block: int) -> Tensor:
@@ -62,6 +57,7 @@ class MemoryPlan:
         token_bytes = config.hidden_size * dtype.itemsize
         self._block_bytes = 24 * token_bytes * config.block_tokens**2
         self._line_bytes = 2 * min(rows, cols) * config.num_layers * token_bytes * config.block_tokens**2
+        self._prediction_bytes = 0 if model.predictor is None else model.predictor.tile_bytes
         self._lr_block_bytes = 2 * token_bytes * config.lr_block_tokens**2
         if tile == "auto":
             spare = (available_memory(self.device) if free is None else free) // 2 - self._line_bytes
@@ -80,12 +76,12 @@ class MemoryPlan:
 
     @property
     def bytes(self) -> int:
-        """What one evaluation takes on the network's device beside weights and pictures, about."""
+        """What one evaluation, or the prediction before, takes on the network's device beside weights and pictures."""
         rows, cols = (min(most, side) for most, side in zip(self.tile, self.grid, strict=True))
         line = self._line_bytes if self.cache_device is None and (rows, cols) != self.grid else 0
         lines = rows if self.grid[0] >= self.grid[1] else cols  # the scan runs along the shorter side
         low_res = (lines + 2) * (min(self.grid) + 2) * self._lr_block_bytes
-        return rows * cols * self._block_bytes + line + low_res
+        return max(rows * cols * self._block_bytes + line + low_res, self._prediction_bytes)
 
     def reduce(self) -> None:
         """After running out of memory: a quarter of the tile, then K/V to host memory, then give up."""
@@ -111,13 +107,15 @@ def denoise(
     noisy: Tensor,
     sigma: Tensor,
     low_res: Tensor,
+    upsampled: Tensor,
     *,
     semantic: Tensor | None = None,
     on_tile: Callable[[Progress], None] | None = None,
 ) -> Tensor:
     """model.denoise of pictures of any size, blended from the network's grids of blocks, as the memory plan says.
 
-    noisy: (B, 3, h * scale, w * scale); low_res: (B, 3, h, w). Where memory runs out, the plan becomes smaller.
+    noisy: (B, 3, h * scale, w * scale); low_res: (B, 3, h, w); upsampled: model.upsample(low_res).
+    Where memory runs out, the plan becomes smaller.
     on_tile counts the tiles of all grids. Returns the estimate, shaped as noisy; raises MemoryError where no plan fits.
     """
     grids = GRIDS[: model.config.grids]
@@ -128,7 +126,7 @@ def denoise(
             on_tile(Progress(done, total, progress.estimate))
 
     first, *others = (
-        _denoise_on_grid(model, memory, noisy, sigma, low_res, grid, semantic, partial(report, number))
+        _denoise_on_grid(model, memory, noisy, sigma, low_res, upsampled, grid, semantic, partial(report, number))
         for number, grid in enumerate(grids)
     )
     for other in others:  # where the one has its borders, the other counts
@@ -142,6 +140,7 @@ def _denoise_on_grid(
     noisy: Tensor,
     sigma: Tensor,
     low_res: Tensor,
+    upsampled: Tensor,
     grid: float,
     semantic: Tensor | None,
     on_tile: Callable[[Progress], None],
@@ -153,7 +152,7 @@ def _denoise_on_grid(
     def on_blocks(x: Tensor, block: int) -> Tensor:
         return pad_by_reflection(x, rows * block, cols * block, int(grid * block))
 
-    upsampled = on_blocks(enlarged(low_res, config), config.block_size)
+    upsampled = on_blocks(upsampled, config.block_size)
     low_res = on_blocks(low_res, config.block_size // config.scale)
     noisy = on_blocks(noisy, config.block_size)
     before = int(grid * config.block_size)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import evaluation
 from .diffusion.samplers import SAMPLERS, Noise
-from .evaluation import MemoryPlan, TileSize, enlarged
+from .evaluation import MemoryPlan, TileSize
 from .images import match_low_frequencies, match_mean_deviation, resize
 from .infdit.checkpoint import load_infdit
 from .infdit.config import InfDiTConfig, Preset
@@ -258,14 +258,15 @@ def _enlarge(
     """One pass: (1, 3, h, w) in [-1, 1] -> (1, 3, h * scale, w * scale), not clamped."""
     config = model.config
     noise = noise_of(seed)
+    upsampled = model.upsample(x)
     memory = MemoryPlan(model, (x.shape[2], x.shape[3]), tile)
 
     def denoise(noisy: Tensor, sigma: Tensor) -> Tensor:
-        denoised = evaluation.denoise(model, memory, noisy, sigma, x, semantic=semantic, on_tile=on_tile)
+        denoised = evaluation.denoise(model, memory, noisy, sigma, x, upsampled, semantic=semantic, on_tile=on_tile)
         on_evaluation()
         return denoised
 
-    result = enlarged(x, config)
+    result = upsampled
     if schedule.only_estimate or schedule.from_estimate:
         # A residual network is trained to answer no noise at sigma_max with the mean of all pictures that the
         # low resolution allows; in a picture network noise takes that place, as in the paper's start.

@@ -7,7 +7,6 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..infdit_core.evaluation import enlarged
 from ..infdit_core.images import resize
 from ..infdit_core.upscale import semantics_matter, target_size
 from . import host
@@ -69,7 +68,8 @@ class InfDiTConditioning(io.ComfyNode):
         entries = {host.LOW_RES: x} | ({} if semantic is None else {host.SEMANTIC: semantic})
         # The host's nodes for CONDITIONING want a tensor of text tokens; the network has none.
         conditioning = [[torch.zeros(len(image), 1, 1), entries]]
-        latent = {"samples": host.on_result_device(enlarged(x, config)), RESULT: {"size": size, "alpha": alpha}}
+        large = resize(x, (x.shape[2] * config.scale, x.shape[3] * config.scale)).clamp_(-1, 1)
+        latent = {"samples": host.on_result_device(large), RESULT: {"size": size, "alpha": alpha}}
         return io.NodeOutput(conditioning, latent)
 
 

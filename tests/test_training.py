@@ -35,7 +35,7 @@ from infdit_core.infdit.keys import key_table
 from infdit_core.infdit.lora import apply_lora, open_lora
 from infdit_core.semantics import load_clip
 from infdit_core.training import checkpoints, loop
-from infdit_core.training.config import LossConfig, OptimizerConfig, TrainConfig, parse
+from infdit_core.training.config import OptimizerConfig, TrainConfig, parse
 from infdit_core.training.data import Batch
 from infdit_core.training.losses import training_loss
 from infdit_core.training.validation import Held, validate
@@ -581,7 +581,7 @@ def test_validation_tells_the_network_what_clip_sees(whole: Path) -> None:
     figures = []
     for vector in (None, torch.ones(1, 8)):
         held = Held(original / 2 + 0.5, {"clean": Batch(original, low_res, original, vector)})
-        ((found, _),) = validate(network, LossConfig(), [held], ["faithful"], None)
+        ((found, _),) = validate(network, TrainConfig(presets=["faithful"]), [held], None)
         figures.append(found)
     for key in figures[0]:
         assert (figures[0][key] == figures[1][key]) == ("bicubic" in key), key
@@ -595,6 +595,83 @@ def test_a_file_with_another_network_is_refused(whole: Path, tiny: list[str], tm
         train(*arguments, "network.preconditioning=v")
     with pytest.raises(ValueError, match=r"nowhere\.safetensors doesn't exist"):
         train(*arguments, "start_from=nowhere.safetensors")
+
+
+RATE = "optimizer.learning_rate=1e-3"
+PREDICTOR = ["network.predictor_width=4", "network.predictor_depth=1", "loss.lr_dropout=0", "presets=[faithful]"]
+
+
+@pytest.fixture(scope="module")
+def predicting(whole: Path, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that gave the network of `whole` a predictor."""
+    out = tmp_path_factory.mktemp("predicting")
+    start = f"start_from={whole / 'weights.safetensors'}"
+    assert train(*tiny, *PREDICTOR, "stage=predictor", start, f"out={out}", "steps=10", RATE)
+    return out
+
+
+def test_the_first_stage_trains_the_predictor_alone(whole: Path, predicting: Path) -> None:
+    before, after = weights(whole / "weights.safetensors"), weights(predicting / "weights.safetensors")
+    new = after.keys() - before.keys()
+    assert new == {
+        f"predictor.{name}.{part}"
+        for name in ("head", "tail", "blocks.0.conv_in", "blocks.0.conv_out")
+        for part in ("weight", "bias")
+    }
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert after["predictor.tail.weight"].any()
+    losses = [float(row["loss"]) for row in rows(predicting / "validation.csv")]
+    assert losses[-1] < losses[0]
+    assert {"clean_predicted_psnr_y", "degraded_loss_mean"} <= rows(predicting / "validation.csv")[0].keys()
+
+
+def test_the_first_stage_goes_on_where_it_stopped(
+    whole: Path, predicting: Path, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = f"start_from={whole / 'weights.safetensors'}"
+    arguments = [*tiny, *PREDICTOR, "stage=predictor", start, f"out={tmp_path}", "steps=10", RATE, "save_every=5"]
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        after_step(patch, 7, _stop)
+        train(*arguments)
+    with pytest.raises(ValueError, match="stage was predictor, is network"):
+        train(*arguments, "stage=network", f"start_from={predicting / 'weights.safetensors'}")
+    train(*arguments)
+    assert_same_state(tmp_path, predicting, 10)
+
+
+def test_the_second_stage_leaves_the_predictor_and_sees_its_picture(
+    predicting: Path, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Batch] = []
+    real = loop.training_loss
+    monkeypatch.setattr(loop, "training_loss", lambda *given: seen.append(given[3]) or real(*given))
+    start = predicting / "weights.safetensors"
+    arguments = [*tiny, *PREDICTOR, f"start_from={start}", f"out={tmp_path}", "steps=4", "data.surrounded=1"]
+    assert train(*arguments) == tmp_path / "weights.safetensors"
+    before, after = weights(start), weights(tmp_path / "weights.safetensors")
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed and not any(name.startswith("predictor.") for name in changed)
+    network = load_infdit(start)
+    assert len(seen) == 4
+    for batch in seen:
+        assert batch.low_res.shape[3] == 20  # 12 pixels and a block on every side
+        assert torch.equal(batch.upsampled, network.upsample(batch.low_res, 4))
+
+
+def test_unfit_stages_are_named(whole: Path, tiny: list[str], tmp_path: Path) -> None:
+    first = [*tiny, f"out={tmp_path}", "stage=predictor"]
+    with pytest.raises(ValueError, match=r"needs network\.predictor_width and network\.predictor_depth"):
+        parse(first)
+    with pytest.raises(ValueError, match=r"mean absolute error alone: say lora\.rank=0"):
+        parse([*first, *PREDICTOR, "loss.lr_dropout=0.1"])
+    with pytest.raises(ValueError, match=r"fsdp doesn't shard: use strategy=auto"):
+        train(*first, *PREDICTOR, "strategy=fsdp", "optimizer.kind=adamw")
+    start = f"start_from={whole / 'weights.safetensors'}"
+    with pytest.raises(ValueError, match="holds no predictor, and network=null adds none"):
+        train(*first, "network=null", start, "loss.lr_dropout=0")
+    for second in ([start], []):
+        with pytest.raises(ValueError, match=r"predictor.*train it first, stage=predictor"):
+            train(*tiny, *PREDICTOR, f"out={tmp_path}", *second)
 
 
 def test_lora_trains_only_what_it_adapts(whole: Path, tiny: list[str], tmp_path: Path, assert_close: CloseTo) -> None:

@@ -74,6 +74,11 @@ def read_config(file: WeightsFile) -> InfDiTConfig:
             "semantic_size": semantic,
             "time_channels": time,
         }
+        if "predictor.head.weight" in file.shapes:
+            settings["predictor_width"] = file.shapes["predictor.head.weight"][0]
+            settings["predictor_depth"] = len(
+                {name.split(".")[2] for name in file.shapes if name.startswith("predictor.blocks.")}
+            )
         if ROPE_TABLES[0] in file.shapes:
             settings["rope_side"] = file.shapes[ROPE_TABLES[0]][0]
         said = dict(json.loads(file.metadata.get("config", "{}")))
@@ -98,7 +103,7 @@ def unused_keys(file: WeightsFile, config: InfDiTConfig) -> dict[str, str]:
 
     Raises WeightsError that names what is missing, unknown or of another shape.
     """
-    table = key_table(config.num_layers)
+    table = key_table(config.num_layers, config.predictor_depth)
     unused = {name: why for name, why in dropped_keys(config.num_layers).items() if name in file.shapes}
     unused |= {name: "CLIP image tower" for name in file.shapes if name.startswith(CLIP_PREFIX)}
     expected = {name: tuple(t.shape) for name, t in InfDiT(config, device="meta").state_dict().items()}
@@ -135,7 +140,7 @@ def load_infdit(
     model = InfDiT(config, operations=operations, device="meta")
     state = {
         code: file.read(disk).to(device=device, dtype=dtype, copy=True)
-        for disk, code in key_table(config.num_layers).items()
+        for disk, code in key_table(config.num_layers, config.predictor_depth).items()
     }
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
@@ -156,7 +161,7 @@ def save_infdit(
 ) -> None:
     """Write a network under the published names, atomically, a LoRA merged; `metadata` is added to the file's own."""
     state = merged_state(model)
-    table = key_table(model.config.num_layers)
+    table = key_table(model.config.num_layers, model.config.predictor_depth)
     layout = {disk: (tuple(state[code].shape), dtype) for disk, code in table.items()}
 
     def tensors() -> Iterator[Tensor]:
@@ -173,7 +178,7 @@ def describe(file: WeightsFile) -> dict[str, str]:
     require_infdit(file)
     config = read_config(file)
     unused = unused_keys(file, config)
-    used = key_table(config.num_layers)
+    used = key_table(config.num_layers, config.predictor_depth)
     parameters = sum(math.prod(file.shapes[name]) for name in used)
     precisions = sorted({str(file.dtypes[name]).removeprefix("torch.") for name in used})
     tower = [name for name in unused if name.startswith(CLIP_PREFIX)]
@@ -181,6 +186,9 @@ def describe(file: WeightsFile) -> dict[str, str]:
         "kind": f"Inf-DiT x{config.scale}, {file.format}",
         "network": f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_heads} heads, "
         f"block {config.block_size} px, patch {config.patch_size} px",
+        "predictor": f"{config.predictor_depth} residual blocks, width {config.predictor_width}"
+        if config.predictor_depth
+        else "none: bicubic",
         "parameters": f"{parameters:,}",
         "precision": ", ".join(precisions),
         "diffuses": f"{config.parametrisation}, sigma_data {config.sigma_data:g}, "

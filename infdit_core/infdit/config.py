@@ -47,7 +47,7 @@ PUBLISHED_PRESETS = {"faithful": Preset(1), "balanced": Preset(20), "detailed": 
 class InfDiTConfig:
     """Hyper-parameters of one Inf-DiT network. The defaults are the published network's.
 
-    Everything down to `time_channels` follows from the shapes of a weights file; what stands below it doesn't,
+    Everything down to `predictor_depth` follows from the shapes of a weights file; what stands below it doesn't,
     and comes from the file's metadata (a published file has none: the defaults are what it was trained with).
     """
 
@@ -59,6 +59,8 @@ class InfDiTConfig:
     scale: int = 4  # output side / low-resolution side
     semantic_size: int = 768  # width of the CLIP image vector
     time_channels: int = 192
+    predictor_width: int = 0  # channels of the convolutional network that gives a first picture; 0: that is bicubic
+    predictor_depth: int = 0  # of its residual blocks
 
     rope_side: int = 1024  # positions wrap after so many patches
     parametrisation: Parametrisation = "picture"  # what is diffused: the picture, or its residual to the upsampled LR
@@ -93,6 +95,12 @@ class InfDiTConfig:
         ends = 2 * hidden * (6 + 3) * self.patch_size**2
         return float(blocks * (tokens * (self.num_layers * layer + cross + ends) + low_res))
 
+    def prediction_flops(self, width: int, height: int) -> float:
+        """The same for what the predictor adds to a result of that size."""
+        wide = self.predictor_width
+        kernels = 9 * wide * (CHANNELS + 2 * self.predictor_depth * wide + CHANNELS * self.scale**2)
+        return 2.0 * kernels * (width // self.scale) * (height // self.scale)
+
     def check(self) -> None:
         """Raise ValueError for hyper-parameters that no network can have."""
         if self.parametrisation not in get_args(Parametrisation):
@@ -101,6 +109,11 @@ class InfDiTConfig:
             raise ValueError(f"preconditioning {self.preconditioning!r} is not known to this version")
         if not 0 < self.sigma_min <= self.sigma_max or self.sigma_data <= 0 or self.rope_side < 1:
             raise ValueError("sigma_data, 0 < sigma_min <= sigma_max and rope_side must be positive and in order")
+        predictor = (self.predictor_width, self.predictor_depth)
+        if predictor != (0, 0) and min(predictor) < 1:
+            raise ValueError(
+                f"predictor_width and predictor_depth are {predictor}: both at least 1, or both 0 for none"
+            )
         if self.grids not in (1, 2):
             raise ValueError(f"grids is {self.grids}: it must be 1 or 2")
         if any(preset.steps < 1 for preset in self.presets.values()):

@@ -31,6 +31,9 @@ _LAYER_MODULES = {
     _TRANSFORMER + "mlp.dense_h_to_4h": "layers.{}.mlp_in",
     _TRANSFORMER + "mlp.dense_4h_to_h": "layers.{}.mlp_out",
 }
+# The predictor's, which the published file doesn't have, are called the same in both.
+_PREDICTOR_ENDS = ("predictor.head", "predictor.tail")
+_PREDICTOR_BLOCK = ("predictor.blocks.{}.conv_in", "predictor.blocks.{}.conv_out")
 _PARAMETERS = {
     ADALN + "re_pos_embed": "neighbour_position",
     ADALN + "lr_query_position_embedding": "lr_query_position",
@@ -45,9 +48,12 @@ _DROPPED = {
 ROPE_TABLES = (ADALN + "rope.freqs_cos", ADALN + "rope.freqs_sin")  # computed instead
 
 
-def key_table(num_layers: int) -> dict[str, str]:
+def key_table(num_layers: int, predictor_depth: int = 0) -> dict[str, str]:
     """Name on disk -> name in the code, of every tensor that is used."""
     modules = dict(_MODULES)
+    if predictor_depth:
+        modules |= {name: name for name in _PREDICTOR_ENDS}
+        modules |= {name.format(i): name.format(i) for name in _PREDICTOR_BLOCK for i in range(predictor_depth)}
     for disk, code in _LAYER_MODULES.items():
         modules |= {disk.format(i): code.format(i) for i in range(num_layers)}
     table = {f"{disk}.{part}": f"{code}.{part}" for disk, code in modules.items() for part in ("weight", "bias")}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from ..weights import WeightsError, WeightsFile, open_weights, save_weights
 from .keys import key_table
@@ -21,8 +21,7 @@ from .model import InfDiT
 _ADAPTED = {"qkv", "attention_out", "mlp_in", "mlp_out", "query", "key_value", "out"}
 _ARCHITECTURE = "infdit_lora"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_ORIGINAL = ".parametrizations.weight.original"  # where torch keeps the weight under its update,
-_UPDATE = ".parametrizations.weight.0"  # and the update itself
+_UPDATE = ".parametrizations.weight.0"  # where torch keeps an update
 
 
 class LowRank(nn.Module):
@@ -74,10 +73,10 @@ def merged_state(model: InfDiT) -> dict[str, Tensor]:
     What has no update shares memory with the network, as in state_dict.
     """
     state = dict(model.state_dict())
-    for name, update in _updates(model).items():
-        for parameter in ("A", "B"):
-            del state[f"{name}{_UPDATE}.{parameter}"]
-        state[f"{name}.weight"] = update(state.pop(name + _ORIGINAL))
+    for name, module in model.named_modules():
+        if is_parametrized(module, "weight"):
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.parametrizations.")}
+            state[f"{name}.weight"] = module.weight
     return state
 
 

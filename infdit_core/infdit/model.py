@@ -18,6 +18,7 @@ from ..diffusion.preconditioning import PRECONDITIONINGS
 from ..images import resize
 from .attention import Border, block_attention, rotary_table, rotate
 from .config import CHANNELS, LR_PATCH_SIZE, InfDiTConfig
+from .predictor import Predictor
 from .streaming import Direction, KVCache, LowResolutionLines, Scan, Tile, pixels
 
 Positions = Literal["reference", "continuous"]
@@ -181,6 +182,7 @@ class InfDiT(nn.Module):
         self.neighbour_position = nn.Parameter(torch.zeros(config.num_layers, 4, heads, head, **factory))
         self.lr_query_position = nn.Parameter(torch.zeros(1, tokens, heads, head, **factory))
         self.lr_key_position = nn.Parameter(torch.zeros(1, lr_tokens, heads, head, **factory))
+        self.predictor = Predictor(config, operations, **factory) if config.predictor_depth else None
 
     def compute(self) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of the computation."""
@@ -193,10 +195,11 @@ class InfDiT(nn.Module):
         return bool(self.semantic_out.weight.any() or self.semantic_out.bias.any())
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Fresh weights for training: the network starts as c_skip * input, every adaLN as the identity."""
+        """Fresh weights for training: the network starts as c_skip * input, every adaLN as the identity, the predictor
+        as bicubic."""
         depth_scale = (2 * self.config.num_layers) ** -0.5
-        zero = {"semantic_out", "final", "final_modulation", "modulation"}  # as in DiT (arXiv 2212.09748)
-        residual = {"attention_out", "mlp_out", "out"}
+        zero = {"semantic_out", "final", "final_modulation", "modulation", "tail"}  # as in DiT (arXiv 2212.09748)
+        residual = {"attention_out", "mlp_out", "out", "conv_out"}
         with torch.no_grad():
             for name, module in self.named_modules():
                 leaf = name.rpartition(".")[2]
@@ -212,6 +215,24 @@ class InfDiT(nn.Module):
                 module.weight.uniform_(-bound, bound, generator=generator)
             for position in (self.neighbour_position, self.lr_query_position, self.lr_key_position):
                 position.normal_(std=0.02, generator=generator)
+
+    # --- the first picture, which every evaluation refines
+
+    def predict(self, low_res: Tensor, margin: int = 0) -> Tensor:
+        """Bicubic plus what the predictor adds, not clamped: (B, 3, h, w) in [-1, 1] -> fp32 where low_res is.
+
+        margin: low-resolution pixels on every side that are looked at only; the result is `scale` times the rest.
+        """
+        scale = self.config.scale
+        upsampled = resize(low_res.float(), (low_res.shape[2] * scale, low_res.shape[3] * scale))
+        if self.predictor is not None:
+            self.predictor.add_to(upsampled, low_res, *self.compute())
+        inside = slice(margin * scale, -margin * scale or None)
+        return upsampled[:, :, inside, inside]
+
+    def upsample(self, low_res: Tensor, margin: int = 0) -> Tensor:
+        """`predict` in [-1, 1]: the picture that is refined."""
+        return self.predict(low_res, margin).clamp_(-1, 1)
 
     # --- conditioning: once per evaluation, shared by all blocks
 
@@ -278,7 +299,7 @@ class InfDiT(nn.Module):
 
         noisy: (B, 3, H, W), picture plus noise of deviation sigma, H and W multiples of the block size.
         sigma: 0-d or (B,). low_res: (B, 3, H / scale, W / scale) in [-1, 1]; training crops may bring one more block
-        of it on every side, then nothing is zero-padded. upsampled: (B, 3, H, W) in [-1, 1], None: bicubic of low_res.
+        of it on every side, then nothing is zero-padded. upsampled: (B, 3, H, W) in [-1, 1], None: made by `upsample`.
         semantic: (B, semantic_size) or None. tile: (rows, cols) blocks a step, None: all at once, the only way that
         carries gradients; the result is the same for every tile. direction: which neighbours a block sees,
         "lt" left and top or "rb" right and bottom. positions: "reference" wraps after `rope_side` patches like the
@@ -294,10 +315,7 @@ class InfDiT(nn.Module):
         if positions not in get_args(Positions):
             raise ValueError(f"positions is {positions!r}: it must be 'reference' or 'continuous'")
         if upsampled is None:
-            height, width = noisy.shape[2:]
-            upsampled = resize(low_res, (low_res.shape[2] * config.scale, low_res.shape[3] * config.scale))
-            edge = (upsampled.shape[2] - height) // 2  # a margin of low_res is no part of the picture
-            upsampled = upsampled[:, :, edge : edge + height, edge : edge + width].clamp(-1, 1)
+            upsampled = self.upsample(low_res, (low_res.shape[2] - noisy.shape[2] // config.scale) // 2)
         if upsampled.shape != noisy.shape:
             raise ValueError(
                 f"upsampled has shape {tuple(upsampled.shape)}, noisy {tuple(noisy.shape)}: they must match"

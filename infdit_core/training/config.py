@@ -76,6 +76,7 @@ class TrainConfig:
     start_from: str = ""  # a weights file to fine-tune, or "default"; without, fresh weights
     clip: str = ""  # CLIP weights: the network is told what they see in the low resolution; without, nothing
     network: InfDiTConfig | None = field(default_factory=InfDiTConfig)  # null: that of start_from
+    stage: Literal["predictor", "network"] = "network"  # what learns: a network's predictor first, then all else
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -139,6 +140,13 @@ class TrainConfig:
             raise ValueError("network=null takes the network of a weights file: say start_from=FILE")
         if self.network is not None:
             self.network.check()
+            if self.stage == "predictor" and not self.network.predictor_depth:
+                raise ValueError("stage=predictor needs network.predictor_width and network.predictor_depth")
+        if self.stage == "predictor" and (self.lora.rank or self.loss.perceptual or self.loss.lr_dropout or self.clip):
+            raise ValueError(
+                "stage=predictor learns by the mean absolute error alone: say lora.rank=0, loss.perceptual=0, "
+                "loss.lr_dropout=0 and clip=''"
+            )
         if self.lora.rank and not self.start_from:
             raise ValueError("lora.rank adapts weights that exist: say start_from=FILE")
         if self.lora.rank and self.strategy == "fsdp":

@@ -262,6 +262,10 @@ class Batch(NamedTuple):
     upsampled: Tensor  # (B, 3, S, S)
     semantic: Tensor | None = None  # (B, semantic_size): what CLIP sees in low_res, without the margin
 
+    def margin(self, scale: int) -> int:
+        """Pixels of low_res on every side of the original."""
+        return (self.low_res.shape[3] - self.original.shape[3] // scale) // 2
+
 
 def reduce(
     crops: Tensor, scale: int, margin: int, degraded: Tensor, softness: float, generator: torch.Generator
@@ -286,7 +290,6 @@ def looked_at(batch: Batch, scale: int, clip: Clip | None) -> Batch:
     """The batch with what CLIP sees of its low resolution, without the margin."""
     if clip is None:
         return batch
-    side = batch.original.shape[3] // scale
-    margin = (batch.low_res.shape[3] - side) // 2
-    within = slice(margin, margin + side)
+    margin = batch.margin(scale)
+    within = slice(margin, -margin or None)
     return batch._replace(semantic=clip.encode_image(batch.low_res[:, :, within, within]))

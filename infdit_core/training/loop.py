@@ -16,11 +16,12 @@ import torch
 from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import Optimizer
 
 from ..bench import matmul_rate
@@ -36,7 +37,7 @@ from . import checkpoints
 from .config import OptimizerConfig, TrainConfig, differences, parse, save
 from .data import Batch, Crops, PictureFile, Skipped, decodable, find_pictures, loader, reduce
 from .logs import Log
-from .losses import LossMeter, training_loss
+from .losses import LossMeter, prediction_loss, training_loss, with_prediction
 from .validation import Held, contact_sheet, held_crops, test, validate
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -223,22 +224,33 @@ def _signals() -> Iterator[_Asked]:
             signal.signal(number, handler)
 
 
+_UNTRAINED = "train it first, stage=predictor, or say network.predictor_width=0 network.predictor_depth=0"
+
+
 def _network(config: TrainConfig) -> InfDiT:
     generator = torch.Generator().manual_seed(config.seed)
     if config.start_from:
         network = load_infdit(None if config.start_from == "default" else config.start_from)
-        found, wanted = network.config, config.network
-        sampling: dict[str, Any] = {} if wanted is None else {"presets": wanted.presets, "grids": wanted.grids}
-        if wanted is not None and (wrong := differences(wanted, replace(found, **sampling))):
+        found, wanted = network.config, config.network or network.config
+        changes: dict[str, Any] = {"presets": wanted.presets, "grids": wanted.grids}
+        if network.predictor is None:
+            changes |= {"predictor_width": wanted.predictor_width, "predictor_depth": wanted.predictor_depth}
+        if wrong := differences(wanted, replace(found, **changes)):
             said = ", ".join(f"{key} {b} instead of {a}" for key, (a, b) in wrong.items())
             raise TrainingError(f"{config.start_from} holds another network: {said}. Say network=null to take that one")
-        network.config = replace(found, **sampling)
+        if network.predictor is None and wanted.predictor_depth:
+            if config.stage != "predictor":
+                raise TrainingError(f"{config.start_from} holds no predictor: {_UNTRAINED}")
+            network.predictor = _fresh(wanted, generator).predictor
+        network.config = wanted
         network.train().requires_grad_(True)
     else:
         assert config.network is not None
-        with torch.random.fork_rng(devices=[]):  # torch's layers draw weights of their own
-            network = InfDiT(config.network)
-        network.initialise(generator)
+        if config.network.predictor_depth and config.stage != "predictor":
+            raise TrainingError(f"fresh weights have a predictor that knows nothing: {_UNTRAINED}")
+        network = _fresh(config.network, generator)
+    if config.strategy == "fsdp" and network.predictor is not None:
+        raise TrainingError("a predictor runs apart from the layers, which fsdp doesn't shard: use strategy=auto")
     if config.data.crop % network.config.block_size:
         raise TrainingError(
             f"data.crop={config.data.crop}: it must be a multiple of {network.config.block_size}, the block"
@@ -255,10 +267,28 @@ def _network(config: TrainConfig) -> InfDiT:
     elif not config.clip:  # then these get no gradient
         for module in (network.semantic_in, network.semantic_out):
             module.requires_grad_(False)
+    if config.stage == "predictor":
+        if network.predictor is None:
+            raise TrainingError(f"stage=predictor: {config.start_from} holds no predictor, and network=null adds none")
+        network.requires_grad_(False)
+        network.predictor.requires_grad_(True)
+        if config.optimizer.kind == "muon":
+            for block in network.predictor.blocks:
+                for convolution in block.children():
+                    register_parametrization(convolution, "weight", _FlatKernel())
+    elif network.predictor is not None:
+        network.predictor.requires_grad_(False)
     network.checkpointing = config.checkpointing
     if config.compile:
         for layer in network.layers:
             layer.compile()
+    return network
+
+
+def _fresh(config: InfDiTConfig, generator: torch.Generator) -> InfDiT:
+    with torch.random.fork_rng(devices=[]):  # torch's layers draw weights of their own
+        network = InfDiT(config)
+    network.initialise(generator)
     return network
 
 
@@ -280,7 +310,7 @@ def _settle(config: TrainConfig, out: Path, fabric: Fabric) -> None:
     if fabric.is_global_zero:
         if path.exists() and checkpoints.newest(out / "checkpoints"):
             changed = differences(parse([str(path)]), config)
-            fixed = [key for key in changed if key.startswith(("network.", "lora.", "optimizer.kind"))]
+            fixed = [key for key in changed if key.startswith(("network.", "stage", "lora.", "optimizer.kind"))]
             fixed = [key for key in fixed if key not in ("network.presets", "network.grids")]
             if "clip" in changed and not all(changed["clip"]):  # what is trained depends on it
                 fixed.append("clip")
@@ -343,10 +373,22 @@ def _pictures(config: TrainConfig, network: InfDiTConfig, out: Path, fabric: Fab
 def _prepare(network: InfDiT, config: TrainConfig, fabric: Fabric) -> tuple[Any, State]:
     """The network as Fabric wraps it, and the state around it."""
     model = fabric.setup_module(network)
+    if config.stage == "predictor":
+        model.mark_forward_method("predict")
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in trained.items()}
     meter = LossMeter(config.loss, network.config.sigma_max, fabric.device)
     return model, State(network, _optimizers(trained, config.optimizer), average, meter)
+
+
+class _FlatKernel(nn.Module):
+    """A parametrisation: a convolution's kernel as a matrix (out, in * 3 * 3), for torch's Muon takes nothing else."""
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        return matrix.unflatten(1, (-1, 3, 3)).contiguous(memory_format=torch.channels_last)  # as what it meets
+
+    def right_inverse(self, kernel: Tensor) -> Tensor:
+        return kernel.flatten(1)
 
 
 def _optimizers(trained: dict[str, torch.nn.Parameter], config: OptimizerConfig) -> list[Optimizer]:
@@ -356,7 +398,8 @@ def _optimizers(trained: dict[str, torch.nn.Parameter], config: OptimizerConfig)
         if not hasattr(torch.optim, "Muon"):
             raise TrainingError("optimizer.kind=muon needs torch 2.9 or later; say optimizer.kind=adamw")
         # What only embeds or modulates is AdamW's (Jordan et al. 2024).
-        matrices = [p for n, p in trained.items() if n.startswith("layers.") and p.ndim == 2 and ".modulation" not in n]
+        inner = [(n, p) for n, p in trained.items() if n.startswith(("layers.", "predictor.blocks."))]
+        matrices = [p for n, p in inner if p.ndim == 2 and ".modulation" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in trained.values() if id(p) not in chosen]
     optimizers: list[Optimizer] = []
@@ -428,7 +471,15 @@ def _step(
     for number in range(config.accumulate):
         batch, generator = next(batches)
         with fabric.no_backward_sync(model, enabled=number + 1 < config.accumulate):
-            losses, sigma = training_loss(model, state.network.config, config.loss, batch, generator, clip, lpips)
+            given = state.network.config
+            if config.stage == "predictor":
+                with fabric.autocast():  # only `forward` has its own
+                    losses = prediction_loss(model.predict, given.scale, batch)
+                sigma = torch.full_like(losses, given.sigma_max)  # the log calls it loss_mean
+            else:
+                with fabric.autocast():
+                    batch = with_prediction(batch, state.network)
+                losses, sigma = training_loss(model, given, config.loss, batch, generator, clip, lpips)
             fabric.backward(losses.mean() / config.accumulate)
         state.losses.add(losses, sigma)
     # Of all parameters: Fabric's own clips those of one optimiser.
@@ -506,7 +557,7 @@ def _validate(
     mine = [held[number % len(held)] for number in numbers]
     counts = torch.tensor([float(number < len(held)) for number in numbers])
     rows, pictures = [], []
-    for figures, row in validate(state.network, config.loss, mine, config.presets, lpips):
+    for figures, row in validate(state.network, config, mine, lpips):
         rows.append(figures)
         pictures.append(row)
     sums = (torch.tensor([list(row.values()) for row in rows]) * counts[:, None]).sum(0)
@@ -532,7 +583,8 @@ def _test(
     log: Log,
 ) -> None:
     rows: dict[str, dict[str, float]] = {}
-    for name, figures in test(weights, pictures, config.presets, lpips, fabric.device, clip):
+    presets = [] if config.stage == "predictor" else config.presets
+    for name, figures in test(weights, pictures, presets, lpips, fabric.device, clip):
         rows[name] = figures
         _say(fabric, f"test: {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     means = {key: sum(row[key] for row in rows.values()) / len(rows) for key in next(iter(rows.values()))}
@@ -547,8 +599,8 @@ class _Report:
         self, config: TrainConfig, network: InfDiTConfig, state: State, fabric: Fabric, log: Log | None
     ) -> None:
         self.config, self.state, self.fabric, self.log = config, state, fabric, log
-        # Backward is twice forward.
-        self.flops = 3 * network.evaluation_flops(config.data.crop, config.data.crop)
+        flops = network.prediction_flops if config.stage == "predictor" else network.evaluation_flops
+        self.flops = 3 * flops(config.data.crop, config.data.crop)  # backward is twice forward
         self.named: set[str] = set()
         self.began = time.monotonic() - state.seconds
         self._window()

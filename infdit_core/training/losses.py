@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..diffusion import edm
 from ..infdit.config import InfDiTConfig
+from ..infdit.model import InfDiT
 from ..metrics import Lpips
 from ..semantics import Clip
 from .config import LossConfig
@@ -38,6 +39,20 @@ def _weight(config: LossConfig, sigma: Tensor, sigma_data: float) -> Tensor:
 def denoising_loss(denoised: Tensor, original: Tensor, weight: Tensor, power: int = 2) -> Tensor:
     """weight * mean |denoised - original|^power per picture: (B, C, H, W) twice, (B,) -> (B,)."""
     return weight * (denoised - original).abs().pow(power).flatten(1).mean(1)
+
+
+def prediction_loss(predict: Callable[..., Tensor], scale: int, batch: Batch) -> Tensor:
+    """Mean absolute error (B,) of the predictor's picture. predict: InfDiT.predict."""
+    picture = predict(batch.low_res, batch.margin(scale))
+    return denoising_loss(picture, batch.original, torch.ones(len(picture), device=picture.device), power=1)
+
+
+@torch.no_grad()
+def with_prediction(batch: Batch, network: InfDiT) -> Batch:
+    """The batch with the network's own first picture, where it has a predictor, in place of the bicubic one."""
+    if network.predictor is None:
+        return batch
+    return batch._replace(upsampled=network.upsample(batch.low_res, batch.margin(network.config.scale)))
 
 
 def loss_at(

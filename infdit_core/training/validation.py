@@ -17,9 +17,9 @@ from ..infdit.model import InfDiT
 from ..metrics import Lpips, psnr_y, ssim_y
 from ..semantics import Clip
 from ..upscale import upscale
-from .config import DataConfig, LossConfig
+from .config import DataConfig, TrainConfig
 from .data import Batch, Crops, PictureFile, looked_at, read_pixels, reduce
-from .losses import loss_at
+from .losses import loss_at, prediction_loss, with_prediction
 
 
 class Held(NamedTuple):
@@ -56,34 +56,40 @@ def held_crops(
 @torch.no_grad()
 def validate(
     network: InfDiT,
-    loss: LossConfig,
+    config: TrainConfig,
     held: Sequence[Held],
-    presets: Sequence[str],
     lpips: Lpips | None,
 ) -> Iterator[tuple[dict[str, float], list[Tensor]]]:
     """Of every held crop in turn: its figures, and pictures (LR, bicubic, one a preset, original) in 0..1.
 
-    loss: at three noise levels, one deviation apart; PSNR-Y in dB and LPIPS of each preset, beside bicubic.
+    Loss: at three noise levels, one deviation apart; PSNR-Y in dB and LPIPS of each preset, beside bicubic. While the
+    predictor is trained: its loss and its picture in their place.
     """
+    loss = config.loss
     levels = [math.exp(loss.sigma_log_mean + loss.sigma_log_deviation * z) for z in (-1, 0, 1)]
     for original, batches in held:
         figures: dict[str, float] = {}
         pictures: list[Tensor] = []
-        for kind, batch in batches.items():
-            noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(5)).to(original.device)
-            for level in levels:
-                sigma = torch.full((1,), min(level, network.config.sigma_max), device=original.device)
-                noisy = batch.original + sigma * noise
-                figures[f"{kind}_loss_{level:.3g}"] = float(
-                    loss_at(network.denoise, network.config, loss, batch, sigma, noisy)[0]
-                )
-            low_res = batch.low_res.permute(0, 2, 3, 1) / 2 + 0.5
-            results = {"bicubic": batch.upsampled / 2 + 0.5}
-            for preset in presets:
-                large = upscale(
-                    low_res, model=network, scale=network.config.scale, preset=preset, semantic=batch.semantic
-                )
-                results[preset] = large.permute(0, 3, 1, 2)
+        for kind, given in batches.items():
+            results = {"bicubic": given.upsampled / 2 + 0.5}
+            batch = with_prediction(given, network)
+            if config.stage == "predictor":
+                figures[f"{kind}_loss_mean"] = float(prediction_loss(network.predict, network.config.scale, batch))
+                results["predicted"] = batch.upsampled / 2 + 0.5
+            else:
+                noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(5)).to(original.device)
+                for level in levels:
+                    sigma = torch.full((1,), min(level, network.config.sigma_max), device=original.device)
+                    noisy = batch.original + sigma * noise
+                    figures[f"{kind}_loss_{level:.3g}"] = float(
+                        loss_at(network.denoise, network.config, loss, batch, sigma, noisy)[0]
+                    )
+                low_res = batch.low_res.permute(0, 2, 3, 1) / 2 + 0.5
+                for preset in config.presets:
+                    large = upscale(
+                        low_res, model=network, scale=network.config.scale, preset=preset, semantic=batch.semantic
+                    )
+                    results[preset] = large.permute(0, 3, 1, 2)
             for name, result in results.items():
                 figures[f"{kind}_{name}_psnr_y"] = psnr_y(result, original)
                 if lpips is not None:
@@ -110,7 +116,7 @@ def test(
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Reduce every picture to a quarter (or the network's scale) by Pillow's bicubic and enlarge it, whole.
 
-    Yields its name, and PSNR-Y, SSIM and LPIPS of bicubic and each preset.
+    Yields its name, and PSNR-Y, SSIM and LPIPS of bicubic, of what a predictor gives, and of each preset.
     """
     model = load_infdit(weights, device)
     scale = model.config.scale
@@ -122,6 +128,8 @@ def test(
         low_res = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)[None].to(device)
         planes = low_res.permute(0, 3, 1, 2)
         results = {"bicubic": resize(planes, (height, width)).clamp(0, 1)}
+        if model.predictor is not None:
+            results["predicted"] = model.upsample(planes * 2 - 1) / 2 + 0.5
         semantic = None if clip is None else clip.encode_image(planes * 2 - 1)
         for preset in presets:
             large = upscale(low_res, model=model, scale=scale, preset=preset, semantic=semantic)

@@ -142,7 +142,7 @@ def ksampler_with_heun_and_karras_is_edm_heun(h: Any) -> None:
         plan = evaluation.MemoryPlan(network, (image.shape[1], image.shape[2]), None)
 
         def denoise(x: Any, sigma: Any, network: Any = network, low_res: Any = low_res, plan: Any = plan) -> Any:
-            return evaluation.denoise(network, plan, x, sigma, low_res)
+            return evaluation.denoise(network, plan, x, sigma, low_res, network.upsample(low_res))
 
         expected = samplers.heun(denoise, upsampled + sigmas[0] * noise, sigmas).clamp(-1, 1).add(1).div(2)
         found = sampled(h, model, image, steps=4, seed=11)

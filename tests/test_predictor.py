@@ -1,0 +1,109 @@
+"""The network that gives the diffusion its first picture."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from infdit_core import upscale
+from infdit_core.images import resize
+from infdit_core.infdit import InfDiT, InfDiTConfig, load_infdit, predictor
+from infdit_core.infdit.checkpoint import describe, save_infdit
+from infdit_core.weights import WeightsError, open_weights
+
+MakeModel = Callable[..., InfDiT]
+CloseTo = Callable[..., None]
+
+SIZES = {"predictor_width": 6, "predictor_depth": 2, "parametrisation": "residual", "sigma_data": 0.1, "sigma_max": 2.0}
+SEEN = 2 * 2 + 2  # pixels around one that two blocks, the head and the tail look at
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: MakeModel) -> InfDiT:
+    return tiny_model(**SIZES)
+
+
+def low_res(height: int, width: int) -> torch.Tensor:
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(height)) * 2 - 1
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 20), (21, 10), (33, 17), (1, 1)])
+def test_tiles_change_nothing(
+    model: InfDiT, monkeypatch: pytest.MonkeyPatch, assert_close: CloseTo, size: tuple[int, int]
+) -> None:
+    whole = model.predict(low_res(*size))
+    assert whole.shape == (1, 3, 4 * size[0], 4 * size[1])
+    monkeypatch.setattr(predictor, "TILE", 8)
+    assert_close(model.predict(low_res(*size)), whole, 1e-5)
+
+
+def test_a_pixel_looks_as_far_as_is_said(model: InfDiT) -> None:
+    """Too small a radius would make seams between tiles, too large a one wastes work."""
+    assert model.predictor is not None and model.predictor.radius == SEEN
+    picture = low_res(32, 32).requires_grad_()
+    model.predictor(picture)[0, 1, 64, 66].backward()
+    assert picture.grad is not None
+    rows, cols = picture.grad[0].abs().sum(0).nonzero().unbind(1)
+    assert (rows.min(), rows.max(), cols.min(), cols.max()) == (16 - SEEN, 16 + SEEN, 16 - SEEN, 16 + SEEN)
+
+
+def test_fresh_weights_predict_bicubic() -> None:
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "block_size": 16, **SIZES}
+    fresh = InfDiT(InfDiTConfig(**sizes))  # type: ignore[arg-type]
+    fresh.initialise(torch.Generator().manual_seed(0))
+    assert torch.equal(fresh.predict(low_res(8, 6)), resize(low_res(8, 6), (32, 24)))
+    fresh.predict(low_res(8, 6)).sum().backward()
+    assert fresh.predictor is not None
+    assert fresh.predictor.tail.weight.grad is not None and fresh.predictor.tail.weight.grad.any()
+
+
+def test_it_is_what_the_network_refines(model: InfDiT) -> None:
+    small, noisy = low_res(8, 4), torch.randn(1, 3, 32, 16)
+    predicted = model.upsample(small)
+    assert predicted.abs().max() == 1  # these weights go beyond
+    assert not torch.equal(predicted, resize(small, (32, 16)).clamp(-1, 1))
+    assert torch.equal(model.denoise(noisy, 0.3, small), model.denoise(noisy, 0.3, small, upsampled=predicted))
+
+
+def test_what_is_around_a_crop_is_looked_at_and_cut_off(model: InfDiT, assert_close: CloseTo) -> None:
+    whole = model.predict(low_res(32, 32))
+    around = model.predict(low_res(32, 32)[:, :, 4:28, 4:28], margin=SEEN)
+    assert_close(around, whole[:, :, 40:-40, 40:-40], 1e-5)
+
+
+def test_upscaling_starts_from_it(tiny_model: MakeModel, assert_close: CloseTo) -> None:
+    """A transformer that answers nothing leaves the predicted picture as the estimate."""
+    model = tiny_model(**SIZES)
+    model.final.weight.data.zero_()
+    model.final.bias.data.zero_()
+    image = torch.rand(1, 10, 7, 3, generator=torch.Generator().manual_seed(0))
+    expected = model.upsample(image.permute(0, 3, 1, 2) * 2 - 1).permute(0, 2, 3, 1) / 2 + 0.5
+    assert_close(upscale(image, model=model, scale=4, steps=1), expected, 1e-5)
+
+
+def test_files_hold_it(model: InfDiT, tmp_path: Path) -> None:
+    path = tmp_path / "own.safetensors"
+    save_infdit(path, model, torch.float32)
+    again = load_infdit(path)
+    assert again.config == model.config
+    assert torch.equal(again.predict(low_res(8, 8)), model.predict(low_res(8, 8)))
+    assert describe(open_weights(path))["predictor"] == "2 residual blocks, width 6"
+
+
+def test_a_file_that_lacks_a_part_of_it_is_refused(model: InfDiT, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "own.safetensors"
+    save_infdit(path, model)
+    tensors, metadata = load_file(path), open_weights(path).metadata
+    del tensors["predictor.blocks.1.conv_out.bias"]
+    save_file(tensors, path, dict(metadata))
+    with pytest.raises(WeightsError, match=r"missing: predictor\.blocks\.1\.conv_out\.bias"):
+        load_infdit(path)
+
+
+@pytest.mark.parametrize("sizes", [(6, 0), (0, 2), (-1, -1)])
+def test_half_a_predictor_is_refused(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"predictor_width and predictor_depth are .*both"):
+        InfDiTConfig(predictor_width=sizes[0], predictor_depth=sizes[1]).check()
