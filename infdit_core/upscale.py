@@ -97,12 +97,13 @@ def upscale(
     a scale other than the network's is reached by whole passes, each resized to where the next one starts or to
     the result. semantic: (1 or B, semantic_size), a CLIP vector for every picture or one for all.
     preset: faithful, balanced or detailed, as the weights define them; steps and start override it: start is the
-    sigma of the noise put on a first estimate, from where the sampler takes `steps` steps; steps = 1 alone is that
-    estimate, one evaluation from the largest sigma. sigmas: a schedule of your own in their place, n + 1 falling
-    values; one that starts below the weights' largest sigma starts on the estimate. sampler: heun, euler, ddim or
-    dpmpp_2m, or a function with the signature of those, instead of the preset's. seed: every picture's own, so that
-    it doesn't matter what else is in the batch. tile: blocks a step, "auto" by free memory, None all at once; never
-    changes the result. colour: transfer from the input, "wavelet" the low frequencies, "mean" mean and deviation.
+    sigma of the noise put on a first picture, the predictor's or without one the network's estimate, from where the
+    sampler takes `steps` steps; steps = 1 alone is that estimate, one evaluation from the largest sigma. sigmas: a
+    schedule of your own in their place, n + 1 falling values; one that starts below the weights' largest sigma
+    starts on the first picture. sampler: heun, euler, ddim or dpmpp_2m, or a function with the signature of those,
+    instead of the preset's. seed: every picture's own, so that it doesn't matter what else is in the batch. tile:
+    blocks a step, "auto" by free memory, None all at once; never changes the result. colour: transfer from the
+    input, "wavelet" the low frequencies, "mean" mean and deviation.
     on_progress is called after every tile; what it raises stops the work.
 
     Returns (B, H', W', C) fp32 on image's device. Raises ValueError for what can't be done.
@@ -188,7 +189,7 @@ def _say_ignored() -> None:
 
 class _Schedule(NamedTuple):
     sigmas: Tensor
-    from_estimate: bool  # start from the first estimate plus noise
+    from_estimate: bool  # start from the estimate plus noise: nothing predicts a picture
     only_estimate: bool  # nothing but that estimate
 
     def evaluations(self, sampler: Sampler) -> int:
@@ -216,7 +217,7 @@ def _schedule(
         if sigmas[-1] < 0 or sigmas[0] < config.sigma_min:
             raise ValueError(f"sigmas must start above {config.sigma_min:g} and end at 0, not {sigmas[0]:g}")
         below = bool(sigmas[0] < config.sigma_max * (1 - 1e-4))
-        return _Schedule(sigmas, from_estimate=below, only_estimate=False)
+        return _Schedule(sigmas, from_estimate=below and not config.predictor_depth, only_estimate=False)
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: at least 1 is needed")
     if start is not None and not config.sigma_min < start <= config.sigma_max:
@@ -227,7 +228,8 @@ def _schedule(
         start = preset.start
     preset = replace(preset, steps=steps or preset.steps, start=start)
     levels = preset.sigmas(config.sigma_min, config.sigma_max)
-    return _Schedule(levels, from_estimate=start is not None, only_estimate=start is None and preset.steps == 1)
+    only_estimate = start is None and preset.steps == 1
+    return _Schedule(levels, start is not None and not config.predictor_depth, only_estimate)
 
 
 def _passes(size: tuple[int, int], target: tuple[int, int], scale: int) -> list[tuple[int, int]]:

@@ -82,6 +82,27 @@ def test_upscaling_starts_from_it(tiny_model: MakeModel, assert_close: CloseTo) 
     assert_close(upscale(image, model=model, scale=4, steps=1), expected, 1e-5)
 
 
+def test_no_evaluation_is_spent_on_a_first_picture(tiny_model: MakeModel) -> None:
+    model = tiny_model(**SIZES)
+    image = torch.rand(1, 8, 8, 3, generator=torch.Generator().manual_seed(0))
+    given: list[tuple[float, torch.Tensor]] = []
+
+    def sampler(
+        denoise: Callable[..., torch.Tensor], x: torch.Tensor, sigmas: torch.Tensor, **_: object
+    ) -> torch.Tensor:
+        given.append((float(sigmas[0]), x))
+        return denoise(x, sigmas[0])
+
+    evaluated: list[float] = []
+    original = model.denoise
+    model.denoise = lambda x, sigma, *a, **k: evaluated.append(float(sigma)) or original(x, sigma, *a, **k)  # type: ignore
+    upscale(image, model=model, scale=4, steps=2, start=0.25, sampler=sampler)
+    assert evaluated == pytest.approx([0.25])
+    predicted = model.upsample(image.permute(0, 3, 1, 2) * 2 - 1)
+    noise = (given[-1][1] - predicted) / 0.25
+    assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
+
+
 def test_files_hold_it(model: InfDiT, tmp_path: Path) -> None:
     path = tmp_path / "own.safetensors"
     save_infdit(path, model, torch.float32)

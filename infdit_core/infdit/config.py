@@ -16,8 +16,9 @@ Preconditioning = Literal["edm", "v", "epsilon"]
 class Preset:
     """How to sample, how long, and from where.
 
-    start: sigma of the noise put on a first estimate, from where `steps` steps of a sampler go down; None: a run from
-    sigma_max, which with one step is that estimate itself. end: sigma where the last step begins; None: sigma_min.
+    start: sigma of the noise put on a first picture, from where `steps` steps of a sampler go down: the
+    predictor's, or without one the network's estimate. None: a run from sigma_max, which with one step is that
+    estimate itself. end: sigma where the last step begins; None: sigma_min.
     """
 
     steps: int
@@ -27,11 +28,11 @@ class Preset:
 
     def describe(self) -> str:
         if self.start is None and self.steps == 1:
-            return "the first estimate alone"
+            return "the estimate alone"
         start = "the largest sigma" if self.start is None else f"sigma {self.start:g}"
         steps = f"{self.steps} steps of {self.sampler} from {start}"
         steps += "" if self.end is None else f", the last from {self.end:g}"
-        return steps if self.start is None else f"the first estimate, then {steps}"
+        return steps if self.start is None else f"a first picture, then {steps}"
 
     def sigmas(self, sigma_min: float, sigma_max: float) -> Tensor:
         """Its noise levels for weights with these limits, falling to 0: (steps + 1,)."""
