@@ -26,13 +26,13 @@ log, validation = columns("log.csv"), columns("validation.csv")
 figure, ((levels, held), (distortion, perception)) = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
 
 for key, values in log.items():
-    if key.startswith("loss_"):
+    if key.startswith("loss_") and not np.isnan(values).all():
         levels.plot(log["step"], values, label=key.removeprefix("loss_").replace("_", " "), linewidth=1)
 levels.set(title="training loss by sigma", yscale="log")
 
 for key, values in validation.items():
     if "_loss_" in key:
-        held.plot(validation["step"], values, ".-", label=key.replace("_loss_", ", sigma "))
+        held.plot(validation["step"], values, ".-", label=key.replace("_loss_mean", "").replace("_loss_", ", sigma "))
 held.set(title="loss on held pictures", yscale="log")
 
 for axes, measure, title in (
@@ -45,7 +45,7 @@ for axes, measure, title in (
             gain = values - validation[f"{kind}_bicubic_{measure}"]
             axes.plot(validation["step"], gain if measure == "psnr_y" else -gain, ".-", label=f"{kind}, {preset}")
     axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set(title=title)
+    axes.set(title=title, visible=len(axes.lines) > 1)  # there may be no LPIPS
 
 for axes in figure.axes:
     axes.set_xlabel("step")
