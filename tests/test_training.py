@@ -38,6 +38,7 @@ from infdit_core.training import checkpoints, loop
 from infdit_core.training.config import OptimizerConfig, TrainConfig, parse
 from infdit_core.training.data import Batch
 from infdit_core.training.losses import training_loss
+from infdit_core.training.optimizers import learning_rate, optimizers
 from infdit_core.training.validation import Held, validate
 from infdit_core.weights import open_weights
 
@@ -837,9 +838,9 @@ def test_a_gradient_that_isnt_finite_stops_the_run_before_it_harms(
 
 def test_learning_rate_rises_stays_and_falls(whole: Path) -> None:
     config = OptimizerConfig(learning_rate=2.0, warmup=4, decay=0.5)
-    rates = [loop._learning_rate(config, step, 12) for step in range(12)]
+    rates = [learning_rate(config, step, 12) for step in range(12)]
     assert rates == pytest.approx([0.5, 1.0, 1.5, 2, 2, 2, 2, 10 / 6, 8 / 6, 1, 4 / 6, 2 / 6])
-    flat = [loop._learning_rate(replace(config, warmup=0, decay=0.0), step, 12) for step in range(12)]
+    flat = [learning_rate(replace(config, warmup=0, decay=0.0), step, 12) for step in range(12)]
     assert flat == [2.0] * 12
     told = {row["step"]: float(row["learning_rate"]) for row in rows(whole / "log.csv")}
     assert told == pytest.approx({"4": 4e-3, "8": 5e-3, "12": 5e-3, "16": 5e-3 * 5 / 6, "20": 5e-3 / 6})
@@ -849,7 +850,7 @@ def test_muon_takes_the_layers_matrices_only(tiny: list[str]) -> None:
     network = loop._network(parse([*tiny, "out=unused"]))
     names = {id(p): name for name, p in network.named_parameters()}
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    muon, adamw = loop._optimizers(trained, OptimizerConfig(kind="muon", betas=(0.5, 0.6), weight_decay=0.3))
+    muon, adamw = optimizers(trained, OptimizerConfig(kind="muon", betas=(0.5, 0.6), weight_decay=0.3))
     of_muon, of_adamw = ({names[id(p)] for p in o.param_groups[0]["params"]} for o in (muon, adamw))
     assert of_muon | of_adamw == trained.keys()
     assert not of_muon & of_adamw
@@ -857,7 +858,7 @@ def test_muon_takes_the_layers_matrices_only(tiny: list[str]) -> None:
     assert {name.split(".")[-2] for name in of_muon} == kinds
     assert adamw.param_groups[0]["betas"] == (0.5, 0.6)
     assert [o.param_groups[0]["weight_decay"] for o in (muon, adamw)] == [0.3, 0.3]
-    (alone,) = loop._optimizers(trained, OptimizerConfig(kind="adamw"))
+    (alone,) = optimizers(trained, OptimizerConfig(kind="adamw"))
     assert {names[id(p)] for p in alone.param_groups[0]["params"]} == trained.keys()
 
 

@@ -16,12 +16,11 @@ import torch
 from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn.utils.parametrize import register_parametrization
 from torch.optim import Optimizer
 
 from ..bench import matmul_rate
@@ -34,10 +33,11 @@ from ..metrics import Lpips, load_lpips
 from ..semantics import Clip, load_clip
 from ..weights import write_atomically
 from . import checkpoints
-from .config import OptimizerConfig, TrainConfig, differences, parse, save
+from .config import TrainConfig, differences, parse, save
 from .data import Batch, Crops, PictureFile, Skipped, decodable, find_pictures, loader, reduce
 from .logs import Log
 from .losses import LossMeter, prediction_loss, training_loss, with_prediction
+from .optimizers import flatten_kernels, learning_rate, optimizers
 from .validation import Held, contact_sheet, held_crops, test, validate
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -273,9 +273,7 @@ def _network(config: TrainConfig) -> InfDiT:
         network.requires_grad_(False)
         network.predictor.requires_grad_(True)
         if config.optimizer.kind == "muon":
-            for block in network.predictor.blocks:
-                for convolution in block.children():
-                    register_parametrization(convolution, "weight", _FlatKernel())
+            flatten_kernels(network.predictor.blocks)
     elif network.predictor is not None:
         network.predictor.requires_grad_(False)
     network.checkpointing = config.checkpointing
@@ -378,46 +376,10 @@ def _prepare(network: InfDiT, config: TrainConfig, fabric: Fabric) -> tuple[Any,
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in trained.items()}
     meter = LossMeter(config.loss, network.config.sigma_max, fabric.device)
-    return model, State(network, _optimizers(trained, config.optimizer), average, meter)
-
-
-class _FlatKernel(nn.Module):
-    """A parametrisation: a convolution's kernel as a matrix (out, in * 3 * 3), for torch's Muon takes nothing else."""
-
-    def forward(self, matrix: Tensor) -> Tensor:
-        return matrix.unflatten(1, (-1, 3, 3)).contiguous(memory_format=torch.channels_last)  # as what it meets
-
-    def right_inverse(self, kernel: Tensor) -> Tensor:
-        return kernel.flatten(1)
-
-
-def _optimizers(trained: dict[str, torch.nn.Parameter], config: OptimizerConfig) -> list[Optimizer]:
-    rate, decay = config.learning_rate, config.weight_decay
-    matrices: list[torch.nn.Parameter] = []
-    if config.kind == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise TrainingError("optimizer.kind=muon needs torch 2.9 or later; say optimizer.kind=adamw")
-        # What only embeds or modulates is AdamW's (Jordan et al. 2024).
-        inner = [(n, p) for n, p in trained.items() if n.startswith(("layers.", "predictor.blocks."))]
-        matrices = [p for n, p in inner if p.ndim == 2 and ".modulation" not in n]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in trained.values() if id(p) not in chosen]
-    optimizers: list[Optimizer] = []
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    if others:
-        optimizers.append(torch.optim.AdamW(others, lr=rate, weight_decay=decay, betas=config.betas))
-    return optimizers
+    return model, State(network, optimizers(trained, config.optimizer), average, meter)
 
 
 # --- a step
-
-
-def _learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Up over the warm-up, level, and down to 0 over the last share of the steps."""
-    up = (step + 1) / max(1, config.warmup)
-    down = (steps - step) / (config.decay * steps) if config.decay else 1.0
-    return config.learning_rate * min(1.0, up, down)
 
 
 def _batches(
@@ -466,7 +428,7 @@ def _step(
     """One step of the optimisers; returns the gradient's norm."""
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(config.optimizer, state.step, config.steps)
+            group["lr"] = learning_rate(config.optimizer, state.step, config.steps)
         optimizer.zero_grad()
     for number in range(config.accumulate):
         batch, generator = next(batches)
