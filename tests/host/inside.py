@@ -562,12 +562,19 @@ class Helper:
         self._files()
 
     def _files(self) -> None:
-        """A network of the published kind, small and random, and files that are none."""
+        """A network of the published kind, small and random, with a predictor, and files that are none."""
         from safetensors.torch import save_file
 
         torch, infdit = self.torch, sys.modules[self.core.__name__ + ".infdit"]
         config = self.core.InfDiTConfig(
-            hidden_size=32, num_layers=3, num_heads=2, block_size=16, semantic_size=8, time_channels=16
+            hidden_size=32,
+            num_layers=3,
+            num_heads=2,
+            block_size=16,
+            semantic_size=8,
+            time_channels=16,
+            predictor_width=4,
+            predictor_depth=1,
         )
         network = self.InfDiT(config)
         generator = torch.Generator().manual_seed(0)
