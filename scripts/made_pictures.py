@@ -1,7 +1,8 @@
 """Draw pictures that photographs hold little of, to train on beside them: made_pictures.py PHOTOGRAPHS OUT
 
-Text, line art, windows of a program, flat colours and ramps, checkers and stripes, all at random; and photographs
-out of focus, so that what a lens left soft stays soft. The same at each call.
+Text, line art, windows of a program, flat colours and ramps, checkers and stripes, and "dead leaves" (smooth shapes in
+front of each other, sharp and out of focus), all at random; and photographs out of focus, so that what a lens left soft
+stays soft. The same at each call.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from originals import opened, pictures
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SIDE, FINER = 768, 2  # pixels; lines are drawn finer and averaged
-EACH = 3  # pictures of a kind
+EACH, LEAVES = 3, 24  # pictures of a kind
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?()-+=/"
 
 Random = np.random.Generator
@@ -116,7 +117,39 @@ def checkers(random: Random) -> Image.Image:
     return Image.fromarray(image)
 
 
-KINDS: list[Callable[[Random], Image.Image]] = [text, line_art, window, smooth, checkers]
+def leaves(random: Random) -> Image.Image:
+    """Shapes of all sizes in front of each other, the further the softer: the edges of photographs, without their grain
+    (the "dead leaves" model)."""
+    finer = 3
+    side, around = SIDE * finer, np.linspace(0, 2 * np.pi, 96, endpoint=False)
+    middle, spread = random.uniform(30, 225, 3), random.uniform(15, 90)
+    image = Image.new("RGB", (side, side), tuple(middle.astype(int)))
+    for blur, count in ((random.uniform(4, 16), 150), (random.uniform(0, 4), 200), (None, random.integers(50, 800))):
+        draw = ImageDraw.Draw(image)
+        for _ in range(count):
+            radius = min(24 / random.random() ** 0.8, side / 4)  # few are large
+            if random.random() < 0.7:
+                waves = random.normal(0, 0.5, (5, 2)) / np.arange(1, 6)[:, None] ** 1.5
+                angles, turns = around, np.outer(np.arange(1, 6), around)
+                distances = radius * (1 + waves[:, 0] @ np.cos(turns) + waves[:, 1] @ np.sin(turns)).clip(0.1)
+            else:  # with corners
+                angles = np.sort(random.uniform(0, 2 * np.pi, 5))
+                distances = radius * random.uniform(0.4, 1, 5)
+            shape = np.stack([np.cos(angles), np.sin(angles) * random.uniform(0.05, 1)], 1) * distances[:, None]
+            lean = random.uniform(0, np.pi)
+            turn = np.array([[np.cos(lean), np.sin(lean)], [-np.sin(lean), np.cos(lean)]])
+            outline = (shape @ turn + random.uniform(0, side, 2)).ravel().tolist()
+            fill = (middle + spread * (random.normal() + random.normal(0, 0.4, 3))).clip(0, 255).astype(int)
+            draw.polygon(outline, tuple(fill))
+        if blur is not None:
+            soft = image.reduce(finer).filter(ImageFilter.GaussianBlur(blur))
+            image = soft.resize((side, side), Image.Resampling.BILINEAR)
+    light = Image.fromarray(random.uniform(0.6, 1.2, (4, 4)).astype(np.float32)).resize((SIDE, SIDE))
+    small = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
+    return Image.fromarray((small * np.asarray(light)[..., None]).clip(0, 255).round().astype(np.uint8))
+
+
+KINDS: list[Callable[[Random], Image.Image]] = [text, line_art, window, smooth, checkers, leaves]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("photographs", type=Path)
@@ -126,7 +159,7 @@ options = parser.parse_args()
 options.out.mkdir(parents=True, exist_ok=True)
 random = np.random.default_rng(0)
 for kind in KINDS:
-    for number in range(EACH):
+    for number in range(LEAVES if kind is leaves else EACH):
         kind(random).save(options.out / f"{kind.__name__}_{number}.png")
 photographs = pictures(options.photographs)
 for number, path in enumerate(photographs[:: max(1, len(photographs) // (4 * EACH))]):
