@@ -1,7 +1,7 @@
 """Reduce photographs and cut them into tiles, to train on beside them: reduced_pictures.py PHOTOGRAPHS OUT
 
 Few photographs are sharp to the pixel, but much of what is enlarged is: it has been reduced before. Small photographs
-are reduced once, large ones by four factors, and tiles let each count by its area. The same at each call.
+are reduced once, large ones by four factors; cut into tiles, a larger result counts more. The same at each call.
 """
 
 import argparse

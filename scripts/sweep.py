@@ -32,9 +32,9 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("originals", type=Path)
 parser.add_argument("--lpips", type=Path, required=True, help="AlexNet LPIPS weights")
 parser.add_argument("--model", type=Path, help="weights file (the shipped default)")
-parser.add_argument("--starts", nargs="*", type=float, default=[0.25, 0.4, 0.6])
-parser.add_argument("--ends", nargs="*", type=float, default=[0.08, 0.12], help="where the last step begins")
-parser.add_argument("--samplers", nargs="*", type=sampler_steps, default=[("euler", 2), ("euler", 3), ("heun", 2)])
+parser.add_argument("--starts", nargs="*", type=float, default=[0.4, 0.8, 1.2])
+parser.add_argument("--ends", nargs="*", type=float, default=[0.08, 0.12, 0.2], help="where the last step begins")
+parser.add_argument("--samplers", nargs="*", type=sampler_steps, default=[("euler", 2), ("euler", 3)])
 parser.add_argument("--csv", type=Path, help="write the figures of every picture")
 options = parser.parse_args()
 
