@@ -153,6 +153,7 @@ def ksampler_with_heun_and_karras_is_edm_heun(h: Any) -> None:
 
 @check
 def our_sampler_and_schedule_drive_both_paths_alike(h: Any) -> None:
+    import torch
     from comfy_extras.nodes_custom_sampler import BasicGuider, Noise_RandomNoise, SamplerCustomAdvanced
 
     model, image = h.default(), picture(16, 16)
@@ -161,6 +162,8 @@ def our_sampler_and_schedule_drive_both_paths_alike(h: Any) -> None:
         sampler = h.run("InfDiTHeunSampler", s_churn=churn, s_tmin=0.0, s_tmax=1000.0, s_noise=1.0)
         tiled = h.run("InfDiTUpscaleTiled", model=model, image=image, **TILED, sampler=sampler, sigmas=sigmas)
         conditioning, latent = h.run_all("InfDiTConditioning", model=model, image=image, **TARGET)
+        with torch.inference_mode():  # the latent is bicubic, while the other path starts from the predicted picture
+            latent["samples"] = model.model.diffusion_model.upsample(image.movedim(-1, 1) * 2 - 1)
         (guider,) = h.call(BasicGuider, model=model, conditioning=conditioning)
         inputs = {"noise": Noise_RandomNoise(3), "guider": guider, "sampler": sampler, "sigmas": sigmas}
         done = h.call(SamplerCustomAdvanced, **inputs, latent_image=latent)[0]
