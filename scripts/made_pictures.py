@@ -13,8 +13,7 @@ import numpy as np
 from originals import opened, pictures
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-SIDE, FINER = 768, 2  # pixels; lines are drawn finer and averaged
-EACH, LEAVES = 3, 24  # pictures of a kind
+SIDE, FINER = 512, 4  # pixels; lines are drawn finer and averaged
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?()-+=/"
 
 Random = np.random.Generator
@@ -50,8 +49,8 @@ def text(random: Random) -> Image.Image:
     image = Image.new("RGB", (SIDE, SIDE), paper)
     draw, top = ImageDraw.Draw(image), 8
     while top < SIDE:
-        size = int(random.choice([12, 14, 18, 24, 32, 48, 80]))
-        draw.text((8, top), words(random, 40), ink, ImageFont.load_default(size))
+        size = 2 ** random.uniform(3.2, 6)
+        draw.text((8, top), words(random, 30), ink, ImageFont.load_default(size))
         top += round(size * 1.4)
     return image
 
@@ -61,8 +60,8 @@ def line_art(random: Random) -> Image.Image:
     side = SIDE * FINER
     image = Image.new("RGB", (side, side), paper)
     draw = ImageDraw.Draw(image)
-    for _ in range(60):
-        width = FINER * int(random.integers(1, 7))
+    for _ in range(30):
+        width = int(random.integers(FINER, 7 * FINER))
         (x, y), (u, v) = random.integers(0, side, (2, 2)).tolist()
         match int(random.integers(4)):
             case 0:
@@ -154,15 +153,16 @@ KINDS: list[Callable[[Random], Image.Image]] = [text, line_art, window, smooth, 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("photographs", type=Path)
 parser.add_argument("out", type=Path)
+parser.add_argument("--each", type=int, default=30, help="pictures of a kind")
 options = parser.parse_args()
 
 options.out.mkdir(parents=True, exist_ok=True)
 random = np.random.default_rng(0)
 for kind in KINDS:
-    for number in range(LEAVES if kind is leaves else EACH):
+    for number in range(options.each):
         kind(random).save(options.out / f"{kind.__name__}_{number}.png")
 photographs = pictures(options.photographs)
-for number, path in enumerate(photographs[:: max(1, len(photographs) // (4 * EACH))]):
+for number, path in enumerate(photographs[:: max(1, len(photographs) // options.each)][: options.each]):
     soft = opened(path).filter(ImageFilter.GaussianBlur(2 ** random.uniform(1, 3)))
     left, top = (max(0, int(random.integers(side - SIDE + 1))) if side > SIDE else 0 for side in soft.size)
     soft.crop((left, top, min(left + SIDE, soft.width), min(top + SIDE, soft.height))).save(

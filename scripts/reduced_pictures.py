@@ -36,4 +36,4 @@ for path in pictures(options.photographs):
                 left, right = column * width // columns, (column + 1) * width // columns
                 top, bottom = row * height // rows, (row + 1) * height // rows
                 tile = reduced.crop((left, top, right, bottom))
-                tile.save(options.out / f"{path.stem}_{number}_{row}_{column}.png")
+                tile.save(options.out / f"{path.name}_{number}_{row}_{column}.png")

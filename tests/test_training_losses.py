@@ -17,7 +17,7 @@ from infdit_core.infdit import InfDiT, InfDiTConfig
 from infdit_core.infdit.config import Preconditioning
 from infdit_core.training.config import LossConfig
 from infdit_core.training.data import Batch
-from infdit_core.training.losses import LossMeter, loss_at, training_loss
+from infdit_core.training.losses import LossMeter, loss_at, overshoot, training_loss
 
 MakeModel = Callable[..., InfDiT]
 CloseTo = Callable[..., None]
@@ -197,6 +197,26 @@ def test_lpips_counts_below_its_noise_level_alone(batch: Batch) -> None:
     top, left = (4 - side for side in original.shape[2:])
     assert torch.equal(original, shown[:, :, top:, left:]) and torch.all(x == 0.5), "pictures in 0..1"
     assert torch.equal(losses(config, None)[0], without)
+
+
+def test_overshoot_is_what_lies_beyond_the_surroundings() -> None:
+    original = torch.zeros(1, 1, 32, 40)
+    original[0, 0, 12, 20] = 1
+    bright, dark = (overshoot(x, original, 8) for x in (torch.full_like(original, 1.25), -original))
+    near = torch.full((32, 40), 1.25)
+    near[4:21, 12:29] = 0.25
+    assert torch.equal(bright[0, 0], near)
+    assert torch.equal(dark, original)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_overshoot_counts_as_configured(batch: Batch, power: int) -> None:
+    above = batch._replace(original=batch.original / 4 + 0.5)  # zeros, the answer, lie below all of it
+    config = replace(PLAIN, weight="v", power=power)
+    without, sigma, _ = ask(above, config)
+    losses, _, _ = ask(above, replace(config, overshoot=3.0))
+    below = above.original.amin((2, 3)).pow(power).mean(1)
+    assert torch.allclose(losses - without, 3 * (sigma**2 + 1) / sigma**2 * below, rtol=1e-3)
 
 
 def test_directions_are_trained_apart(tiny_model: MakeModel) -> None:

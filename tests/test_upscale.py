@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, upscale
+from infdit_core.evaluation import LEAST_DETAIL, keep_to
 from infdit_core.images import resize
 from infdit_core.infdit import Preset
 from infdit_core.upscale import UpscaleProgress, _passes, target_size
@@ -114,6 +115,38 @@ def test_settings_choose_the_evaluations(model: InfDiT, monkeypatch: pytest.Monk
     assert sigmas(preset="faithful", steps=2) == [2.0, 0.002, 0.002], "without a start: from the largest sigma"
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (45, 61)])
+def test_no_colour_cast_is_kept(size: tuple[int, int]) -> None:
+    low_res = image(*size).permute(0, 3, 1, 2) - 0.5
+    bicubic = resize(low_res, (4 * size[0], 4 * size[1]))
+    along = torch.linspace(0, 1, 4 * size[1]) * torch.tensor([0.2, -0.1, 0.05])[:, None, None]
+    for tint in (torch.full_like(bicubic, 0.1), along):
+        tinted = bicubic + tint
+        keep_to(low_res, tinted)
+        assert (tinted - bicubic).abs().max() < 0.2 * tint.abs().max()
+
+
+def test_patterns_are_kept_only_where_the_low_resolution_has_detail() -> None:
+    low_res = torch.zeros(1, 3, 24, 24)
+    low_res[..., 12:] = 0.5 * image(24, 12).permute(0, 3, 1, 2)
+    bicubic = resize(low_res, (96, 96))
+    pattern = 0.1 * (-1.0) ** torch.arange(96)
+    estimate = bicubic + pattern
+    keep_to(low_res, estimate)
+    kept = (estimate - bicubic).abs()
+    assert torch.allclose(kept[..., 8:36], torch.tensor(LEAST_DETAIL), atol=0.002)
+    assert torch.allclose(kept[..., 52:], torch.tensor(0.1), atol=0.01)
+
+
+def test_what_is_true_is_kept() -> None:
+    """The original of a low resolution, with an edge where areas of colour meet, is changed by nothing."""
+    original = torch.full((1, 3, 160, 256), 0.8)
+    original[..., 40:100, 128:] = -0.4
+    kept = original.clone()
+    keep_to(resize(original, (40, 64)), kept)
+    assert torch.allclose(kept, original, atol=0.01)
+
+
 def borders(like: Tensor, block: int, mark: float) -> Tensor:
     """`like` with brighter pixels on both sides of its block borders."""
     at = [torch.arange(side) % block for side in like.shape[2:]]
@@ -125,16 +158,17 @@ def borders(like: Tensor, block: int, mark: float) -> Tensor:
 def test_block_borders_of_one_grid_vanish_in_the_other(
     two_grids: InfDiT, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def marking(self: InfDiT, noisy: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return borders(torch.zeros_like(noisy), self.config.block_size, 0.5)
+    def marking(self: InfDiT, noisy: Tensor, *args: object, upsampled: Tensor, **kwargs: object) -> Tensor:
+        return borders(upsampled, self.config.block_size, 0.5)
 
     monkeypatch.setattr(InfDiT, "denoise", marking)
     block = two_grids.config.block_size
-    low_res = torch.full((1, 2 * block // 4 + 3, 3 * block // 4 + 1, 3), 0.5)
-    result = upscale(low_res, model=two_grids, scale=4, **settings)[0, :, :, 0] - 0.5
+    low_res = 0.3 + 0.4 * image(2 * block // 4 + 3, 3 * block // 4 + 1)  # of so much detail that the marks may stay
+    bicubic = resize(low_res.permute(0, 3, 1, 2), (4 * low_res.shape[1], 4 * low_res.shape[2]))
+    result = upscale(low_res, model=two_grids, scale=4, **settings)[0, :, :, 0] - bicubic[0, 0]
     one_grid = borders(torch.zeros(1, 1, *result.shape), block, 0.25)
-    # Their plain mean would have half of it; a little is left where borders of both cross.
-    assert 0 < result.square().mean() < 0.2 * one_grid.square().mean()
+    # A little is left where borders of both cross.
+    assert result.square().mean() < 0.2 * one_grid.square().mean()
 
 
 def test_weights_say_how_many_grids(

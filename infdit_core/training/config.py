@@ -46,6 +46,7 @@ class LossConfig:
     regression: float = 0.0  # share of samples without noise, told sigma_max: they learn the mean (residual networks)
     perceptual: float = 0.0  # times LPIPS is added for samples with little noise; validation's loss is without
     perceptual_below: float = 0.3  # sigma of what counts as little
+    overshoot: float = 0.0  # by so much more an error counts beyond what the original holds near by; as perceptual
     lr_dropout: float = 0.07  # share of samples whose low resolution is replaced by noise
     direction: Literal["lt", "rb"] = "lt"
 
@@ -116,7 +117,7 @@ class TrainConfig:
         amounts: dict[str, float] = {"seed": self.seed, "pictures": self.pictures, "lora.rank": self.lora.rank}
         amounts |= {f"data.{key}": getattr(self.data, key) for key in ("workers", "cache")}
         amounts |= {f"optimizer.{key}": getattr(self.optimizer, key) for key in ("weight_decay", "warmup")}
-        of_loss = ("sigma_log_deviation", "perceptual", "perceptual_below")
+        of_loss = ("sigma_log_deviation", "perceptual", "perceptual_below", "overshoot")
         amounts |= {f"loss.{key}": getattr(self.loss, key) for key in of_loss}
         for key, value in amounts.items():
             if not value >= 0:
@@ -142,10 +143,11 @@ class TrainConfig:
             self.network.check()
             if self.stage == "predictor" and not self.network.predictor_depth:
                 raise ValueError("stage=predictor needs network.predictor_width and network.predictor_depth")
-        if self.stage == "predictor" and (self.lora.rank or self.loss.perceptual or self.loss.lr_dropout or self.clip):
+        more = self.loss.perceptual or self.loss.overshoot or self.loss.lr_dropout
+        if self.stage == "predictor" and (self.lora.rank or more or self.clip):
             raise ValueError(
                 "stage=predictor learns by the mean absolute error alone: say lora.rank=0, loss.perceptual=0, "
-                "loss.lr_dropout=0 and clip=''"
+                "loss.overshoot=0, loss.lr_dropout=0 and clip=''"
             )
         if self.lora.rank and not self.start_from:
             raise ValueError("lora.rank adapts weights that exist: say start_from=FILE")

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion import edm
@@ -39,6 +40,16 @@ def _weight(config: LossConfig, sigma: Tensor, sigma_data: float) -> Tensor:
 def denoising_loss(denoised: Tensor, original: Tensor, weight: Tensor, power: int = 2) -> Tensor:
     """weight * mean |denoised - original|^power per picture: (B, C, H, W) twice, (B,) -> (B,)."""
     return weight * (denoised - original).abs().pow(power).flatten(1).mean(1)
+
+
+def overshoot(denoised: Tensor, original: Tensor, radius: int) -> Tensor:
+    """How far (B, C, H, W) lies outside of what the original holds within so many pixels: ringing, halos."""
+
+    def highest(x: Tensor) -> Tensor:
+        side = 2 * radius + 1
+        return F.max_pool2d(F.max_pool2d(x, (side, 1), 1, (radius, 0)), (1, side), 1, (0, radius))
+
+    return F.relu(denoised - highest(original)) + F.relu(-highest(-original) - denoised)
 
 
 def prediction_loss(predict: Callable[..., Tensor], scale: int, batch: Batch) -> Tensor:
@@ -109,6 +120,9 @@ def training_loss(
     largest = network.rope_side - crop // network.patch_size
     row, column = torch.randint(0, largest + 1, (2,), generator=generator, device=device).tolist()
     losses, denoised = loss_at(denoise, network, config, batch, sigma, noisy, offset=(row, column))
+    if config.overshoot:
+        outside = overshoot(denoised, original, 2 * network.scale).pow(config.power).flatten(1).mean(1)
+        losses = losses + config.overshoot * _weight(config, sigma, network.sigma_data) * outside
     judged = (sigma < config.perceptual_below) & ~mean_asked
     if lpips is not None and config.perceptual and judged.any():
         # Both move by some pixels: AlexNet looks every 4 px only, and what it doesn't see would always be the same.
