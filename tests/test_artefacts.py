@@ -121,6 +121,7 @@ ORIGINALS: dict[str, Callable[[], Image.Image]] = {
 SMOOTH = ("flat", "sky", "gradient")
 EDGES = ("text", "line art", "diagonals", "screenshot")
 PRESETS = ("faithful", "balanced")
+STAINS = {"faithful": 2.2, "balanced": 4, "detailed": 4.5}
 
 
 # --- what comes out, and figures of it
@@ -191,36 +192,47 @@ def known(reason: str, *arguments: Any) -> Any:
     return pytest.param(*arguments, marks=pytest.mark.xfail(strict=True, reason=reason))
 
 
-SHIFTED = [
-    known("1.8 levels", "text", "faithful", 1),
-    known("1.4 levels", "text", "balanced", 1),
-    known("1.2 levels", "line art", "faithful", 1),
-    known("1.2 levels", "screenshot", "faithful", 1),
-    ("diagonals", "balanced", 1.5),  # it is 1.01, where rounding would decide
-]
-OTHERS = sorted(set(product(ORIGINALS, PRESETS)) - {tuple(getattr(s, "values", s)[:2]) for s in SHIFTED})
-
-
-@pytest.mark.parametrize(("name", "preset", "most"), [*((*c, 1) for c in OTHERS if c[0] != "checkers"), *SHIFTED])
-def test_no_colour_shift(name: str, preset: str, most: float) -> None:
+@pytest.mark.parametrize(("name", "preset"), list(product(ORIGINALS, PRESETS)))
+def test_no_colour_shift(name: str, preset: str) -> None:
     _, bicubic, result = upscaled(name, preset)
-    assert greatest((result - bicubic).mean((0, 2, 3))) < most
+    assert greatest((result - bicubic).mean((0, 2, 3))) < 0.6
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["line art", "diagonals"])
 def test_grey_stays_grey(name: str, preset: str) -> None:
     result = upscaled(name, preset).result
-    colour = result - result.mean(1, keepdim=True)
-    assert tint(colour) < 4
-    assert rms(colour) < 2.4
+    assert tint(result - result.mean(1, keepdim=True)) < 4
 
 
-@pytest.mark.parametrize(("preset", "grain", "stain"), [("faithful", 1.1, 2.2), ("balanced", 3, 4), ("detailed", 4, 5)])
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        *(known("2.5 levels", name, "faithful") for name in ("line art", "diagonals")),
+        *(known("3.1 and 2.9 levels", name, "balanced") for name in ("line art", "diagonals")),
+    ],
+)
+def test_edges_get_no_colour(name: str, preset: str) -> None:
+    result = upscaled(name, preset).result
+    assert rms(result - result.mean(1, keepdim=True)) < 2.4
+
+
+@pytest.mark.parametrize(("preset", "grain"), [("faithful", 1.1), ("balanced", 2.2), ("detailed", 2.2)])
 @pytest.mark.parametrize("name", SMOOTH)
-def test_smooth_stays_smooth(name: str, preset: str, grain: float, stain: float) -> None:
+def test_smooth_stays_smooth(name: str, preset: str, grain: float) -> None:
     _, bicubic, result = upscaled(name, preset)
     assert rms(result - bicubic) < grain
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "stain"),
+    [
+        *((name, preset, stain) for name in ("flat", "sky") for preset, stain in STAINS.items()),
+        *(known("3.6 to 5.1 levels", "gradient", preset, stain) for preset, stain in STAINS.items()),
+    ],
+)
+def test_smooth_gets_no_stains(name: str, preset: str, stain: float) -> None:
+    _, bicubic, result = upscaled(name, preset)
     assert tint(result - bicubic) < stain
 
 
@@ -235,8 +247,8 @@ def test_flat_areas_beside_edges_stay_flat(name: str, factor: float, preset: str
     ("name", "preset"),
     [
         *product([*SMOOTH, "frame", "saturated"], ["faithful"]),
-        *(known("grain of up to 15 levels", name, "balanced") for name in ("flat", "sky", "frame")),
-        *(known("grain of up to 22 levels", name, "balanced") for name in ("gradient", "saturated")),
+        *product(["flat", "sky", "frame", "saturated"], ["balanced"]),
+        known("10 levels", "gradient", "balanced"),
     ],
 )
 def test_no_specks(name: str, preset: str) -> None:
@@ -249,7 +261,7 @@ def test_no_specks(name: str, preset: str) -> None:
     [
         ("flat", "faithful", 1),
         ("sky", "faithful", 1),
-        known("1.3 levels at one border", "gradient", "faithful", 1),
+        known("1.1 levels at one border", "gradient", "faithful", 1),
         *((name, "balanced", 2) for name in SMOOTH),
     ],
 )
@@ -269,15 +281,8 @@ def test_no_seams_through_drawings(name: str, preset: str, step: float) -> None:
     assert rms(torch.cat(medians)) < step
 
 
-@pytest.mark.parametrize(
-    ("name", "preset", "factor"),
-    [
-        ("screenshot", "faithful", 1),
-        ("screenshot", "balanced", 1.15),
-        *(known("1.3 to 1.4 times bicubic's", name, "faithful", 1) for name in EDGES if name != "screenshot"),
-        *(known("1.4 to 1.6 times bicubic's", name, "balanced", 1.15) for name in EDGES if name != "screenshot"),
-    ],
-)
+@pytest.mark.parametrize(("preset", "factor"), [("faithful", 1), ("balanced", 1.15)])
+@pytest.mark.parametrize("name", EDGES)
 def test_edges_ring_no_more_than_bicubic(name: str, preset: str, factor: float) -> None:
     original, bicubic, result = upscaled(name, preset)
     assert rms(overshoot(result, original)) < factor * rms(overshoot(bicubic, original))
@@ -312,8 +317,7 @@ def test_checkers_stay(preset: str) -> None:
     assert (result * squares).mean() > 0.7 * (bicubic * squares).mean()
 
 
-@pytest.mark.parametrize("preset", [known("3 levels off, stains of 7 to 15", p) for p in PRESETS])
+@pytest.mark.parametrize("preset", [known("stains of 7 to 15 levels", preset) for preset in PRESETS])
 def test_checkers_get_no_tint(preset: str) -> None:
     _, bicubic, result = upscaled("checkers", preset)
-    assert greatest((result - bicubic).mean((0, 2, 3))) < 1
     assert tint(result - bicubic) < 4
