@@ -114,6 +114,7 @@ def test_graphs_run_to_a_picture(server: Server, graph: Graph) -> None:
     crop = np.asarray(small.crop((25, 0, 295, 180)).resize((192, 128)), dtype=np.int32)  # ImageScale's centre crop
     means = [x.reshape(8, 16, 12, 16, 3).mean((1, 3)) for x in (found, crop)]
     assert np.sqrt(np.square(means[0] - means[1]).mean()) < 5, "not the same picture"  # moved by an area: 23
+    assert np.abs(means[0] - means[1]).max() < 12, "a blotch"
 
 
 TOWER = """
