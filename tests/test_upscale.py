@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infdit_core import InfDiT, upscale
-from infdit_core.evaluation import LEAST_DETAIL, keep_to
+from infdit_core.evaluation import LEAST_COLOUR, LEAST_DETAIL, STAIN, keep_to
 from infdit_core.images import resize
 from infdit_core.infdit import Preset
 from infdit_core.upscale import UpscaleProgress, _passes, target_size
@@ -136,6 +136,34 @@ def test_patterns_are_kept_only_where_the_low_resolution_has_detail() -> None:
     kept = (estimate - bicubic).abs()
     assert torch.allclose(kept[..., 8:36], torch.tensor(LEAST_DETAIL), atol=0.002)
     assert torch.allclose(kept[..., 52:], torch.tensor(0.1), atol=0.01)
+
+
+def test_stains_stay_below_what_the_low_resolution_has_around() -> None:
+    """A checker of 16 px on a ramp, on a chess board of low-resolution pixels and on noise; its mean is no cast."""
+    ramp, chess, noise = torch.linspace(-0.5, 0.5, 24).expand(1, 3, 24, 24), torch.ones(24, 24), image(24, 24)
+    chess[::2, ::2] = chess[1::2, 1::2] = -1
+    sign = chess[:6, :6].repeat_interleave(16, 0).repeat_interleave(16, 1)
+    left = []
+    for low_res in (ramp, 0.5 * chess.expand(1, 3, 24, 24), noise.permute(0, 3, 1, 2) - 0.5):
+        bicubic = resize(low_res, (96, 96))
+        stained = bicubic + 0.06 * sign
+        keep_to(low_res, stained)
+        left.append(torch.nn.functional.avg_pool2d(stained - bicubic, 8)[..., 1:-1, 1:-1].abs())
+    assert left[0].max() < 0.028 and left[1].max() < 0.04  # without: 0.031, what is kept of patterns, and 0.06
+    assert left[0].min() > STAIN, "a bit of doubt is left"
+    assert left[2].min() > 0.055
+
+
+def test_grey_gets_no_colour() -> None:
+    low_res = 0.5 * image(24, 24, channels=1).permute(0, 3, 1, 2).expand(1, 3, 24, 24).clone()
+    low_res[:, 0, :, 12:] += 0.3
+    bicubic = resize(low_res, (96, 96))
+    estimate = bicubic + 0.1 * torch.tensor([1.0, -1.0, 0.0])[:, None, None] * (-1.0) ** torch.arange(96)
+    keep_to(low_res, estimate)
+    kept = estimate - bicubic
+    colour = (kept - kept.mean(1, keepdim=True)).abs().amax(1)
+    assert colour[..., 8:36].max() < 1.01 * LEAST_COLOUR
+    assert colour[..., 60:].min() > 0.08
 
 
 def test_what_is_true_is_kept() -> None:
