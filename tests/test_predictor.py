@@ -67,6 +67,14 @@ def test_it_is_what_the_network_refines(model: InfDiT) -> None:
     assert torch.equal(model.denoise(noisy, 0.3, small), model.denoise(noisy, 0.3, small, upsampled=predicted))
 
 
+def test_turning_the_picture_turns_what_is_refined(model: InfDiT, assert_close: CloseTo) -> None:
+    small = low_res(9, 6)
+    refined = model.upsample(small)
+    assert_close(model.upsample(small.mT.flip(2)), refined.mT.flip(2), 1e-5)
+    assert_close(model.upsample(small.flip(3)), refined.flip(3), 1e-5)
+    assert not torch.allclose(model.predict(small.flip(3)), model.predict(small).flip(3), atol=0.01)
+
+
 def test_what_is_around_a_crop_is_looked_at_and_cut_off(model: InfDiT, assert_close: CloseTo) -> None:
     whole = model.predict(low_res(32, 32))
     around = model.predict(low_res(32, 32)[:, :, 4:28, 4:28], margin=SEEN)

@@ -663,7 +663,7 @@ def test_unfit_stages_are_named(whole: Path, tiny: list[str], tmp_path: Path) ->
     first = [*tiny, f"out={tmp_path}", "stage=predictor"]
     with pytest.raises(ValueError, match=r"needs network\.predictor_width and network\.predictor_depth"):
         parse(first)
-    with pytest.raises(ValueError, match=r"mean absolute error alone: say lora\.rank=0"):
+    with pytest.raises(ValueError, match=r"PSNR alone: say lora\.rank=0"):
         parse([*first, *PREDICTOR, "loss.lr_dropout=0.1"])
     with pytest.raises(ValueError, match=r"fsdp doesn't shard: use strategy=auto"):
         train(*first, *PREDICTOR, "strategy=fsdp", "optimizer.kind=adamw")

@@ -17,7 +17,14 @@ from infdit_core.infdit import InfDiT, InfDiTConfig
 from infdit_core.infdit.config import Preconditioning
 from infdit_core.training.config import LossConfig
 from infdit_core.training.data import Batch
-from infdit_core.training.losses import LossMeter, loss_at, overshoot, training_loss
+from infdit_core.training.losses import (
+    NEAR_ENOUGH,
+    LossMeter,
+    loss_at,
+    overshoot,
+    prediction_loss,
+    training_loss,
+)
 
 MakeModel = Callable[..., InfDiT]
 CloseTo = Callable[..., None]
@@ -120,6 +127,23 @@ def test_an_error_weighs_as_configured(batch: Batch, kind: Any, weight: Callable
     torch.testing.assert_close(losses, expected)
 
 
+def test_a_residual_networks_error_weighs_by_what_the_crops_residual_holds(batch: Batch) -> None:
+    network = replace(NETWORK, parametrisation="residual")
+    upsampled = batch.original + 0.1 * torch.linspace(0, 1, COUNT)[:, None, None, None] * batch.upsampled
+    losses, sigma, _ = ask(batch._replace(upsampled=upsampled), network=network)
+    variance = (upsampled - batch.original).square().mean((1, 2, 3)) + NEAR_ENOUGH
+    expected = (sigma**2 + variance) / (sigma**2 * variance) * batch.original.square().mean((1, 2, 3))
+    torch.testing.assert_close(losses, expected)
+
+
+def test_the_prediction_loss_is_psnr_up_to_scale(batch: Batch) -> None:
+    losses = prediction_loss(lambda low_res, margin: batch.upsampled, 4, batch)
+    psnr = 10 * (4 / (batch.upsampled - batch.original).square().mean((1, 2, 3))).log10()
+    torch.testing.assert_close(losses, math.log(2) - psnr * math.log(10) / 20, atol=1e-3, rtol=0)
+    perfect = prediction_loss(lambda low_res, margin: batch.original, 4, batch)
+    assert perfect.isfinite().all() and perfect.max() < losses.min() - 3
+
+
 # --- what is replaced
 
 
@@ -131,7 +155,8 @@ def test_regression_samples_get_the_upsampled_picture_and_the_largest_sigma(batc
     assert chosen.float().mean().item() == pytest.approx(0.25, abs=0.02)
     assert torch.equal(asked["noisy"][chosen], batch.upsampled[chosen])
     assert not (asked["noisy"][~chosen] == batch.upsampled[~chosen]).any()
-    weight = (4 + 0.25) / (2 * 0.5) ** 2
+    variance = (batch.original - batch.upsampled)[chosen].square().mean((1, 2, 3)) + NEAR_ENOUGH
+    weight = (4 + variance) / (4 * variance)
     torch.testing.assert_close(losses[chosen], weight * batch.original[chosen].square().mean((1, 2, 3)))
     assert not (ask(batch, low, network)[1] == 2.0).any()
 

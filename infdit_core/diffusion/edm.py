@@ -18,6 +18,6 @@ def sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 40.0, rho: float
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1)])
 
 
-def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+def loss_weight(sigma: Tensor, sigma_data: float | Tensor) -> Tensor:
     """lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (table 1)."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2

@@ -218,21 +218,22 @@ class InfDiT(nn.Module):
 
     # --- the first picture, which every evaluation refines
 
-    def predict(self, low_res: Tensor, margin: int = 0) -> Tensor:
+    def predict(self, low_res: Tensor, margin: int = 0, turns: bool = False) -> Tensor:
         """Bicubic plus what the predictor adds, not clamped: (B, 3, h, w) in [-1, 1] -> fp32 where low_res is.
 
         margin: low-resolution pixels on every side that are looked at only; the result is `scale` times the rest.
+        turns: the mean for all eight mirrorings and turnings.
         """
         scale = self.config.scale
         upsampled = resize(low_res.float(), (low_res.shape[2] * scale, low_res.shape[3] * scale))
         if self.predictor is not None:
-            self.predictor.add_to(upsampled, low_res, *self.compute())
+            self.predictor.add_to(upsampled, low_res, *self.compute(), turns)
         inside = slice(margin * scale, -margin * scale or None)
         return upsampled[:, :, inside, inside]
 
     def upsample(self, low_res: Tensor, margin: int = 0) -> Tensor:
-        """`predict` in [-1, 1]: the picture that is refined."""
-        return self.predict(low_res, margin).clamp_(-1, 1)
+        """`predict` on the mean of all turns, in [-1, 1]: the picture that is refined."""
+        return self.predict(low_res, margin, turns=True).clamp_(-1, 1)
 
     # --- conditioning: once per evaluation, shared by all blocks
 

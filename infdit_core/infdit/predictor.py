@@ -57,14 +57,25 @@ class Predictor(nn.Module):
             x = block(x)
         return F.pixel_shuffle(self.tail(x), self.scale)
 
-    def add_to(self, upsampled: Tensor, low_res: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        """Add the answer to (B, 3, h * scale, w * scale), computed on `device` tile by tile."""
+    def mean_of_turns(self, low_res: Tensor) -> Tensor:
+        """The mean answer to all eight mirrorings and turnings of a picture, turned back (EDSR's self-ensemble)."""
+        answer = torch.zeros((), device=low_res.device)
+        for quarters in range(4):
+            turned = torch.rot90(low_res, quarters, (2, 3))
+            for mirrored in ((), (3,)):
+                answer = answer + torch.rot90(self(turned.flip(mirrored)).flip(mirrored), -quarters, (2, 3)).float()
+        return answer / 8
+
+    def add_to(
+        self, upsampled: Tensor, low_res: Tensor, device: torch.device, dtype: torch.dtype, turns: bool = False
+    ) -> None:
+        """Add the answer to (B, 3, h * scale, w * scale), computed on `device` tile by tile; `turns`: the mean one."""
         for top in range(0, low_res.shape[2], TILE):
             for left in range(0, low_res.shape[3], TILE):
                 start_y, start_x = max(0, top - self.radius), max(0, left - self.radius)
                 stop_y, stop_x = top + TILE + self.radius, left + TILE + self.radius
                 seen = low_res[:, :, start_y:stop_y, start_x:stop_x].to(device=device, dtype=dtype)
                 y, x, side = ((top - start_y) * self.scale, (left - start_x) * self.scale, TILE * self.scale)
-                answer = self(seen)[:, :, y : y + side, x : x + side]
+                answer = (self.mean_of_turns if turns else self)(seen)[:, :, y : y + side, x : x + side]
                 y, x = top * self.scale, left * self.scale
                 upsampled[:, :, y : y + side, x : x + side] += answer.to(upsampled)

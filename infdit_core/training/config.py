@@ -146,7 +146,7 @@ class TrainConfig:
         more = self.loss.perceptual or self.loss.overshoot or self.loss.lr_dropout
         if self.stage == "predictor" and (self.lora.rank or more or self.clip):
             raise ValueError(
-                "stage=predictor learns by the mean absolute error alone: say lora.rank=0, loss.perceptual=0, "
+                "stage=predictor learns by PSNR alone: say lora.rank=0, loss.perceptual=0, "
                 "loss.overshoot=0, loss.lr_dropout=0 and clip=''"
             )
         if self.lora.rank and not self.start_from:

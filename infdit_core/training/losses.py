@@ -32,9 +32,22 @@ def v_weight(sigma: Tensor) -> Tensor:
     return (sigma**2 + 1) / sigma**2
 
 
-def _weight(config: LossConfig, sigma: Tensor, sigma_data: float) -> Tensor:
-    weights = {"unit": unit_weight, "v": v_weight, "epsilon": epsilon_weight}
-    return edm.loss_weight(sigma, sigma_data) if config.weight == "edm" else weights[config.weight](sigma)
+# A mean squared error, for pictures in [-1, 1], that is near enough: a PSNR of 46 dB.
+NEAR_ENOUGH = 1e-4
+
+
+def _weight(config: LossConfig, network: InfDiTConfig, batch: Batch, sigma: Tensor) -> Tensor:
+    """(B,). EDM's goes by sigma_data; a residual network's by the deviation that each crop's residual has.
+
+    So a crop counts by what share of its error could go. By one sigma_data for all, foliage and water, which no network
+    can place, drown clean edges, whose residuals are ten times smaller.
+    """
+    if config.weight != "edm":
+        return {"unit": unit_weight, "v": v_weight, "epsilon": epsilon_weight}[config.weight](sigma)
+    if network.parametrisation == "picture":
+        return edm.loss_weight(sigma, network.sigma_data)
+    residual = (batch.original - batch.upsampled).square().flatten(1).mean(1)
+    return edm.loss_weight(sigma, (residual + NEAR_ENOUGH).sqrt())
 
 
 def denoising_loss(denoised: Tensor, original: Tensor, weight: Tensor, power: int = 2) -> Tensor:
@@ -52,17 +65,9 @@ def overshoot(denoised: Tensor, original: Tensor, radius: int) -> Tensor:
     return F.relu(denoised - highest(original)) + F.relu(-highest(-original) - denoised)
 
 
-# Squared errors, for pictures in [-1, 1]: a PSNR of 46 dB. A crop that is flatter than this gains nothing any more.
-NEAR_ENOUGH = 1e-4
-
-
 def prediction_loss(predict: Callable[..., Tensor], scale: int, batch: Batch) -> Tensor:
     """Logarithm (B,) of the root mean squared error of the predictor's picture: its PSNR, up to sign and scale
-    (arXiv 2204.04676). predict: InfDiT.predict.
-
-    A crop counts by what share of its error could go. With the error itself, foliage and water, which no network can
-    place, would drown clean edges.
-    """
+    (arXiv 2204.04676), so that a crop counts by what share of its error could go. predict: InfDiT.predict."""
     picture = predict(batch.low_res, batch.margin(scale))
     error = denoising_loss(picture, batch.original, torch.ones(len(picture), device=picture.device))
     return (error + NEAR_ENOUGH).log() / 2
@@ -88,7 +93,7 @@ def loss_at(
     """Weighted loss (B,) of one evaluation at given noise levels (B,), and its answer. options: more for `denoise`."""
     given = {"upsampled": batch.upsampled, "semantic": batch.semantic, "direction": config.direction}
     denoised = denoise(noisy, sigma, batch.low_res, **given, **options)
-    losses = denoising_loss(denoised, batch.original, _weight(config, sigma, network.sigma_data), config.power)
+    losses = denoising_loss(denoised, batch.original, _weight(config, network, batch, sigma), config.power)
     return losses, denoised
 
 
@@ -132,7 +137,7 @@ def training_loss(
     losses, denoised = loss_at(denoise, network, config, batch, sigma, noisy, offset=(row, column))
     if config.overshoot:
         outside = overshoot(denoised, original, 2 * network.scale).pow(config.power).flatten(1).mean(1)
-        losses = losses + config.overshoot * _weight(config, sigma, network.sigma_data) * outside
+        losses = losses + config.overshoot * _weight(config, network, batch, sigma) * outside
     judged = (sigma < config.perceptual_below) & ~mean_asked
     if lpips is not None and config.perceptual and judged.any():
         # Both move by some pixels: AlexNet looks every 4 px only, and what it doesn't see would always be the same.
