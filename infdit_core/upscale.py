@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -137,12 +137,13 @@ def upscale(
     size = target_size(image.shape[1], image.shape[2], scale=scale, size=size)
     passes = _passes((image.shape[1], image.shape[2]), size, model.config.scale)
     evaluations = schedule.evaluations(sampler)
-    work = len(image) * len(passes) * evaluations
-    finished = 0
+    prediction = model.config.prediction_work
+    work = len(image) * len(passes) * (prediction + evaluations)
+    finished = 0.0
 
-    def report(progress: Progress) -> None:
+    def report(progress: Progress, part: float) -> None:
         if on_progress is not None:
-            done = finished + progress.done / progress.total
+            done = finished + part * progress.done / progress.total
             on_progress(UpscaleProgress(min(1.0, done / work), progress.estimate))
 
     results = []
@@ -154,11 +155,11 @@ def upscale(
         vector = None if semantic is None else semantic[index % len(semantic)][None]
         for wanted in passes:
 
-            def evaluated() -> None:
+            def complete(part: float) -> None:
                 nonlocal finished
-                finished += 1
+                finished += part
 
-            x = _enlarge(x, model, schedule, sampler, seed, vector, tile, report, evaluated)
+            x = _enlarge(x, model, schedule, sampler, seed, vector, tile, report, complete)
             x = x if tuple(x.shape[2:]) == wanted else resize(x, wanted)
             x = x.clamp_(-1, 1)
         if not passes:
@@ -254,18 +255,25 @@ def _enlarge(
     seed: int,
     semantic: Tensor | None,
     tile: TileSize,
-    on_tile: Callable[[Progress], None],
-    on_evaluation: Callable[[], None],
+    on_tile: Callable[..., None],
+    on_part: Callable[[float], None],
 ) -> Tensor:
-    """One pass: (1, 3, h, w) in [-1, 1] -> (1, 3, h * scale, w * scale), not clamped."""
+    """One pass: (1, 3, h, w) in [-1, 1] -> (1, 3, h * scale, w * scale), not clamped.
+
+    on_tile(progress, part=...) is told how much work the part is that the tile belongs to, on_part(part) that it is
+    done, in evaluations.
+    """
     config = model.config
     noise = noise_of(seed)
-    upsampled = model.upsample(x)
+    upsampled = model.upsample(x, on_tile=partial(on_tile, part=config.prediction_work))
+    on_part(config.prediction_work)
     memory = MemoryPlan(model, (x.shape[2], x.shape[3]), tile)
 
     def denoise(noisy: Tensor, sigma: Tensor) -> Tensor:
-        denoised = evaluation.denoise(model, memory, noisy, sigma, x, upsampled, semantic=semantic, on_tile=on_tile)
-        on_evaluation()
+        denoised = evaluation.denoise(
+            model, memory, noisy, sigma, x, upsampled, semantic=semantic, on_tile=partial(on_tile, part=1.0)
+        )
+        on_part(1.0)
         return denoised
 
     result = upsampled

@@ -172,6 +172,9 @@ class InfDiTModel(comfy.model_base.BaseModel):
         if self.plan is None or self.plan.grid != block_grid(size, network.config):
             self.plan = MemoryPlan(network, size, "auto")
 
+        def stop_if_asked(_: object) -> None:
+            management.throw_exception_if_processing_interrupted()
+
         def denoise(i: int) -> Tensor:
             return evaluation.denoise(
                 network,
@@ -179,9 +182,9 @@ class InfDiTModel(comfy.model_base.BaseModel):
                 x[i : i + 1],
                 t[i],
                 low_res[i : i + 1],
-                network.upsample(low_res[i : i + 1]),
+                network.upsample(low_res[i : i + 1], on_tile=stop_if_asked),
                 semantic=None if semantic is None else semantic[i : i + 1],
-                on_tile=lambda _: management.throw_exception_if_processing_interrupted(),
+                on_tile=stop_if_asked,
             )
 
         return torch.cat([denoise(i) for i in range(len(x))])  # one after another: memory doesn't grow with the batch

@@ -11,6 +11,7 @@ from infdit_core.evaluation import keep_to
 from infdit_core.images import resize
 from infdit_core.infdit import InfDiT, InfDiTConfig, load_infdit, predictor
 from infdit_core.infdit.checkpoint import describe, save_infdit
+from infdit_core.upscale import UpscaleProgress
 from infdit_core.weights import WeightsError, open_weights
 
 MakeModel = Callable[..., InfDiT]
@@ -69,10 +70,18 @@ def test_it_is_what_the_network_refines(model: InfDiT) -> None:
 
 def test_turning_the_picture_turns_what_is_refined(model: InfDiT, assert_close: CloseTo) -> None:
     small = low_res(9, 6)
-    refined = model.upsample(small)
-    assert_close(model.upsample(small.mT.flip(2)), refined.mT.flip(2), 1e-5)
-    assert_close(model.upsample(small.flip(3)), refined.flip(3), 1e-5)
-    assert not torch.allclose(model.predict(small.flip(3)), model.predict(small).flip(3), atol=0.01)
+    turned = torch.rot90(small, 1, (2, 3))
+    assert_close(model.upsample(turned), torch.rot90(model.upsample(small), 1, (2, 3)), 1e-5)
+    assert not torch.allclose(model.predict(turned), torch.rot90(model.predict(small), 1, (2, 3)), atol=0.01)
+
+
+def test_progress_comes_while_it_is_predicted(model: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor, "TILE", 8)
+    told: list[UpscaleProgress] = []
+    upscale(low_res(8, 20).permute(0, 2, 3, 1) / 2 + 0.5, model=model, scale=4, steps=1, on_progress=told.append)
+    share = model.config.prediction_work / (1 + model.config.prediction_work)
+    assert [t.fraction for t in told[:3]] == pytest.approx([share / 3, 2 * share / 3, share])
+    assert told[3].fraction > share and told[-1].fraction == pytest.approx(1)
 
 
 def test_what_is_around_a_crop_is_looked_at_and_cut_off(model: InfDiT, assert_close: CloseTo) -> None:

@@ -97,10 +97,16 @@ class InfDiTConfig:
         return float(blocks * (tokens * (self.num_layers * layer + cross + ends) + low_res))
 
     def prediction_flops(self, width: int, height: int) -> float:
-        """The same for what the predictor adds to a result of that size."""
+        """The same for one answer of the predictor, to one turn, for a result of that size."""
         wide = self.predictor_width
         kernels = 9 * wide * (CHANNELS + 2 * self.predictor_depth * wide + CHANNELS * self.scale**2)
         return 2.0 * kernels * (width // self.scale) * (height // self.scale)
+
+    @property
+    def prediction_work(self) -> float:
+        """What the picture that is refined takes, in evaluations."""
+        side = self.block_size
+        return TURNS * self.prediction_flops(side, side) / (self.grids * self.evaluation_flops(side, side))
 
     def check(self) -> None:
         """Raise ValueError for hyper-parameters that no network can have."""
@@ -138,3 +144,4 @@ class InfDiTConfig:
 
 LR_PATCH_SIZE = 2  # low-resolution pixels along one side of an LR feature token
 CHANNELS = 3  # RGB
+TURNS = 4  # of the picture, by a quarter, that a prediction is the mean of

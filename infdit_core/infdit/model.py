@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..diffusion.preconditioning import PRECONDITIONINGS
 from ..images import resize
 from .attention import Border, block_attention, rotary_table, rotate
-from .config import CHANNELS, LR_PATCH_SIZE, InfDiTConfig
+from .config import CHANNELS, LR_PATCH_SIZE, TURNS, InfDiTConfig
 from .predictor import Predictor
 from .streaming import Direction, KVCache, LowResolutionLines, Scan, Tile, pixels
 
@@ -218,22 +218,29 @@ class InfDiT(nn.Module):
 
     # --- the first picture, which every evaluation refines
 
-    def predict(self, low_res: Tensor, margin: int = 0, turns: bool = False) -> Tensor:
+    def predict(
+        self, low_res: Tensor, margin: int = 0, turns: int = 1, on_tile: Callable[[Progress], None] | None = None
+    ) -> Tensor:
         """Bicubic plus what the predictor adds, not clamped: (B, 3, h, w) in [-1, 1] -> fp32 where low_res is.
 
         margin: low-resolution pixels on every side that are looked at only; the result is `scale` times the rest.
-        turns: the mean for all eight mirrorings and turnings.
+        turns: the predictor's mean answer to so many quarter turns. on_tile: as for `denoise`.
         """
         scale = self.config.scale
         upsampled = resize(low_res.float(), (low_res.shape[2] * scale, low_res.shape[3] * scale))
+        inside = (..., slice(margin * scale, -margin * scale or None), slice(margin * scale, -margin * scale or None))
         if self.predictor is not None:
-            self.predictor.add_to(upsampled, low_res, *self.compute(), turns)
-        inside = slice(margin * scale, -margin * scale or None)
-        return upsampled[:, :, inside, inside]
 
-    def upsample(self, low_res: Tensor, margin: int = 0) -> Tensor:
-        """`predict` on the mean of all turns, in [-1, 1]: the picture that is refined."""
-        return self.predict(low_res, margin, turns=True).clamp_(-1, 1)
+            def report(done: int, total: int) -> None:
+                if on_tile is not None:
+                    on_tile(Progress(done, total, upsampled[inside]))
+
+            self.predictor.add_to(upsampled, low_res, *self.compute(), turns, report)
+        return upsampled[inside]
+
+    def upsample(self, low_res: Tensor, margin: int = 0, on_tile: Callable[[Progress], None] | None = None) -> Tensor:
+        """The picture that is refined, in [-1, 1]: `predict` with all four turns."""
+        return self.predict(low_res, margin, TURNS, on_tile).clamp_(-1, 1)
 
     # --- conditioning: once per evaluation, shared by all blocks
 

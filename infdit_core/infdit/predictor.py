@@ -5,6 +5,8 @@ resolution allows. Residual blocks without normalisation (EDSR, arXiv 1707.02921
 convolution (arXiv 1609.05158); the answer is added to the bicubically upsampled picture.
 """
 
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -57,25 +59,30 @@ class Predictor(nn.Module):
             x = block(x)
         return F.pixel_shuffle(self.tail(x), self.scale)
 
-    def mean_of_turns(self, low_res: Tensor) -> Tensor:
-        """The mean answer to all eight mirrorings and turnings of a picture, turned back (EDSR's self-ensemble)."""
-        answer = torch.zeros((), device=low_res.device)
-        for quarters in range(4):
-            turned = torch.rot90(low_res, quarters, (2, 3))
-            for mirrored in ((), (3,)):
-                answer = answer + torch.rot90(self(turned.flip(mirrored)).flip(mirrored), -quarters, (2, 3)).float()
-        return answer / 8
-
     def add_to(
-        self, upsampled: Tensor, low_res: Tensor, device: torch.device, dtype: torch.dtype, turns: bool = False
+        self,
+        upsampled: Tensor,
+        low_res: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        turns: int = 1,
+        on_tile: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Add the answer to (B, 3, h * scale, w * scale), computed on `device` tile by tile; `turns`: the mean one."""
-        for top in range(0, low_res.shape[2], TILE):
-            for left in range(0, low_res.shape[3], TILE):
-                start_y, start_x = max(0, top - self.radius), max(0, left - self.radius)
-                stop_y, stop_x = top + TILE + self.radius, left + TILE + self.radius
-                seen = low_res[:, :, start_y:stop_y, start_x:stop_x].to(device=device, dtype=dtype)
-                y, x, side = ((top - start_y) * self.scale, (left - start_x) * self.scale, TILE * self.scale)
-                answer = (self.mean_of_turns if turns else self)(seen)[:, :, y : y + side, x : x + side]
-                y, x = top * self.scale, left * self.scale
-                upsampled[:, :, y : y + side, x : x + side] += answer.to(upsampled)
+        """Add the answer to (B, 3, h * scale, w * scale), computed on `device` tile by tile.
+
+        turns: of so many quarter turns of the picture the mean answer, turned back, is added (EDSR's self-ensemble).
+        on_tile(done, total) is called after every tile.
+        """
+        corners = list(product(range(0, low_res.shape[2], TILE), range(0, low_res.shape[3], TILE)))
+        for done, (top, left) in enumerate(corners, 1):
+            start_y, start_x = max(0, top - self.radius), max(0, left - self.radius)
+            stop_y, stop_x = top + TILE + self.radius, left + TILE + self.radius
+            seen = low_res[:, :, start_y:stop_y, start_x:stop_x].to(device=device, dtype=dtype)
+            answers = [self(torch.rot90(seen, turn, (2, 3))) for turn in range(turns)]
+            answer = torch.stack([torch.rot90(x.float(), -turn, (2, 3)) for turn, x in enumerate(answers)]).mean(0)
+            y, x, side = ((top - start_y) * self.scale, (left - start_x) * self.scale, TILE * self.scale)
+            answer = answer[:, :, y : y + side, x : x + side]
+            y, x = top * self.scale, left * self.scale
+            upsampled[:, :, y : y + side, x : x + side] += answer.to(upsampled)
+            if on_tile is not None:
+                on_tile(done, len(corners))
