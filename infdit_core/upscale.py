@@ -98,11 +98,11 @@ def upscale(
     the result. semantic: (1 or B, semantic_size), a CLIP vector for every picture or one for all.
     preset: faithful, balanced or detailed, as the weights define them; steps and start override it: start is the
     sigma of the noise put on a first picture, the predictor's or without one the network's estimate, from where the
-    sampler takes `steps` steps; steps = 1 alone is the network's estimate, one evaluation from the largest sigma.
-    sigmas: a schedule of your own in their place, n + 1 falling values; one that starts below the weights' largest
-    sigma starts on the first picture. sampler: heun, euler, ddim or dpmpp_2m, or a function with the signature of
-    those, instead of the preset's. seed: every picture's own, so that it doesn't matter what else is in the batch.
-    tile: blocks a step, "auto" by free memory, None all at once; never changes the result. colour: transfer from the
+    sampler takes `steps` steps; steps = 1 alone is that estimate, one evaluation from the largest sigma. sigmas: a
+    schedule of your own in their place, n + 1 falling values; one that starts below the weights' largest sigma
+    starts on the first picture. sampler: heun, euler, ddim or dpmpp_2m, or a function with the signature of those,
+    instead of the preset's. seed: every picture's own, so that it doesn't matter what else is in the batch. tile:
+    blocks a step, "auto" by free memory, None all at once; never changes the result. colour: transfer from the
     input, "wavelet" the low frequencies, "mean" mean and deviation.
     on_progress is called after every tile; what it raises stops the work.
 
@@ -189,20 +189,22 @@ def _say_ignored() -> None:
 
 
 class _Schedule(NamedTuple):
-    sigmas: Tensor | None  # None: the first picture alone
-    estimated: bool  # the first picture is the network's estimate; else the one that it refines
+    sigmas: Tensor
+    from_estimate: bool  # start from the estimate plus noise: nothing predicts a picture
+    only_estimate: bool  # nothing but that estimate
 
     def evaluations(self, sampler: Sampler) -> int:
         """How many it takes, counted on a single pixel: samplers differ, and may be a host's."""
-        calls = int(self.estimated)
+        if self.only_estimate:
+            return 1
+        calls = int(self.from_estimate)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
             return torch.zeros_like(x)
 
-        if self.sigmas is not None:
-            sampler(denoise, torch.zeros(1, 3, 1, 1), self.sigmas, noise=torch.zeros_like)
+        sampler(denoise, torch.zeros(1, 3, 1, 1), self.sigmas, noise=torch.zeros_like)
         return calls
 
 
@@ -216,7 +218,7 @@ def _schedule(
         if sigmas[-1] < 0 or sigmas[0] < config.sigma_min:
             raise ValueError(f"sigmas must start above {config.sigma_min:g} and end at 0, not {sigmas[0]:g}")
         below = bool(sigmas[0] < config.sigma_max * (1 - 1e-4))
-        return _Schedule(sigmas, estimated=below and not config.predictor_depth)
+        return _Schedule(sigmas, from_estimate=below and not config.predictor_depth, only_estimate=False)
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: at least 1 is needed")
     if start is not None and not config.sigma_min < start <= config.sigma_max:
@@ -225,11 +227,10 @@ def _schedule(
         )
     if start is None and steps != 1:
         start = preset.start
-    steps = steps or preset.steps or int(start is not None)
-    if start is None and steps <= 1:
-        return _Schedule(None, estimated=steps == 1)
-    levels = replace(preset, steps=steps, start=start).sigmas(config.sigma_min, config.sigma_max)
-    return _Schedule(levels, estimated=start is not None and not config.predictor_depth)
+    preset = replace(preset, steps=steps or preset.steps, start=start)
+    levels = preset.sigmas(config.sigma_min, config.sigma_max)
+    only_estimate = start is None and preset.steps == 1
+    return _Schedule(levels, start is not None and not config.predictor_depth, only_estimate)
 
 
 def _passes(size: tuple[int, int], target: tuple[int, int], scale: int) -> list[tuple[int, int]]:
@@ -276,17 +277,15 @@ def _enlarge(
         return denoised
 
     result = upsampled
-    if schedule.estimated:
+    if schedule.only_estimate or schedule.from_estimate:
         # A residual network is trained to answer no noise at sigma_max with the mean of all pictures that the
         # low resolution allows; in a picture network noise takes that place, as in the paper's start.
         if config.parametrisation == "picture":
             result = noise(result).mul_(config.sigma_max).add_(result)
         result = denoise(result, torch.tensor(config.sigma_max))
-    if schedule.sigmas is not None:
+    if not schedule.only_estimate:
         result = noise(result).mul_(schedule.sigmas[0]).add_(result)
         result = sampler(denoise, result, schedule.sigmas, noise=noise)
-    elif not schedule.estimated:
-        evaluation.keep_to(x, result)
     return result
 
 

@@ -1,7 +1,6 @@
 """The network that gives the diffusion its first picture."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from infdit_core import upscale
 from infdit_core.evaluation import keep_to
 from infdit_core.images import resize
-from infdit_core.infdit import InfDiT, InfDiTConfig, Preset, load_infdit, predictor
+from infdit_core.infdit import InfDiT, InfDiTConfig, load_infdit, predictor
 from infdit_core.infdit.checkpoint import describe, save_infdit
 from infdit_core.upscale import UpscaleProgress
 from infdit_core.weights import WeightsError, open_weights
@@ -123,32 +122,6 @@ def test_no_evaluation_is_spent_on_a_first_picture(tiny_model: MakeModel) -> Non
     predicted = model.upsample(image.permute(0, 3, 1, 2) * 2 - 1)
     noise = (given[-1][1] - predicted) / 0.25
     assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
-
-
-def test_a_preset_can_be_the_predicted_picture_alone(tiny_model: MakeModel, assert_close: CloseTo) -> None:
-    model = tiny_model(**SIZES)
-    model.config = replace(model.config, presets={"faithful": Preset(0), "balanced": Preset(2, 0.1)})
-    model.config.check()
-    image = torch.rand(1, 10, 7, 3, generator=torch.Generator().manual_seed(0))
-    small = image.permute(0, 3, 1, 2) * 2 - 1
-    expected = model.upsample(small)
-    keep_to(small, expected)
-    evaluated: list[float] = []
-    original = model.denoise
-    model.denoise = lambda x, sigma, *a, **k: evaluated.append(float(sigma)) or original(x, sigma, *a, **k)  # type: ignore
-    told: list[UpscaleProgress] = []
-    result = upscale(image, model=model, scale=4, preset="faithful", on_progress=told.append)
-    assert_close(result, expected.clamp(-1, 1).permute(0, 2, 3, 1) / 2 + 0.5, 1e-5)
-    assert not evaluated and told[-1].fraction == pytest.approx(1)
-    upscale(image, model=model, scale=4, preset="faithful", start=0.3)
-    assert evaluated == pytest.approx([0.3])
-
-
-def test_without_a_predictor_a_preset_needs_a_step() -> None:
-    with pytest.raises(ValueError, match="a preset needs at least one step"):
-        InfDiTConfig(presets={"faithful": Preset(0)}).check()
-    with pytest.raises(ValueError, match="a preset needs at least one step"):
-        InfDiTConfig(predictor_width=4, predictor_depth=1, presets={"balanced": Preset(0, 0.1)}).check()
 
 
 def test_files_hold_it(model: InfDiT, tmp_path: Path) -> None:

@@ -17,9 +17,8 @@ class Preset:
     """How to sample, how long, and from where.
 
     start: sigma of the noise put on a first picture, from where `steps` steps of a sampler go down: the
-    predictor's, or without one the network's estimate. None: a run from sigma_max, which with one step is the
-    network's estimate itself, and with none the predictor's picture. end: sigma where the last step begins; None:
-    sigma_min.
+    predictor's, or without one the network's estimate. None: a run from sigma_max, which with one step is that
+    estimate itself. end: sigma where the last step begins; None: sigma_min.
     """
 
     steps: int
@@ -30,8 +29,6 @@ class Preset:
     def describe(self) -> str:
         if self.start is None and self.steps == 1:
             return "the estimate alone"
-        if not self.steps:
-            return "the predicted picture alone"
         start = "the largest sigma" if self.start is None else f"sigma {self.start:g}"
         steps = f"{self.steps} steps of {self.sampler} from {start}"
         steps += "" if self.end is None else f", the last from {self.end:g}"
@@ -126,10 +123,8 @@ class InfDiTConfig:
             )
         if self.grids not in (1, 2):
             raise ValueError(f"grids is {self.grids}: it must be 1 or 2")
-        if any(
-            preset.steps < (preset.start is not None or not self.predictor_depth) for preset in self.presets.values()
-        ):
-            raise ValueError("a preset needs at least one step, or no start and a predictor, whose picture is all")
+        if any(preset.steps < 1 for preset in self.presets.values()):
+            raise ValueError("a preset needs at least one step")
         ends = [preset.end for preset in self.presets.values() if preset.end is not None]
         if not all(self.sigma_min <= end <= self.sigma_max for end in ends):
             raise ValueError(f"a preset's end must lie between sigma_min and sigma_max, not {ends}")
