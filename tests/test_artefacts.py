@@ -6,7 +6,7 @@ Levels are those of 8 bits, 0..255. The bounds are what was measured when they w
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -121,7 +121,6 @@ ORIGINALS: dict[str, Callable[[], Image.Image]] = {
 SMOOTH = ("flat", "sky", "gradient")
 EDGES = ("text", "line art", "diagonals", "screenshot")
 PRESETS = ("faithful", "balanced")
-STAINS = {"faithful": 2.2, "balanced": 4, "detailed": 4.5}
 
 
 # --- what comes out, and figures of it
@@ -187,84 +186,56 @@ def border_steps(deviation: Tensor) -> list[Tensor]:
 # --- the tests
 
 
-def known(reason: str, *arguments: Any) -> Any:
-    """A case that the shipped weights fail."""
-    return pytest.param(*arguments, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 @pytest.mark.parametrize(("name", "preset"), list(product(ORIGINALS, PRESETS)))
 def test_no_colour_shift(name: str, preset: str) -> None:
     _, bicubic, result = upscaled(name, preset)
-    assert greatest((result - bicubic).mean((0, 2, 3))) < 0.6
+    assert greatest((result - bicubic).mean((0, 2, 3))) < 0.45
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["line art", "diagonals"])
 def test_grey_stays_grey(name: str, preset: str) -> None:
     result = upscaled(name, preset).result
-    assert tint(result - result.mean(1, keepdim=True)) < 4
+    assert tint(result - result.mean(1, keepdim=True)) < 1
 
 
-@pytest.mark.parametrize(
-    ("name", "preset"),
-    [
-        *(known("2.5 levels", name, "faithful") for name in ("line art", "diagonals")),
-        *(known("3.1 and 2.9 levels", name, "balanced") for name in ("line art", "diagonals")),
-    ],
-)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", ["line art", "diagonals"])
 def test_edges_get_no_colour(name: str, preset: str) -> None:
     result = upscaled(name, preset).result
-    assert rms(result - result.mean(1, keepdim=True)) < 2.4
+    assert rms(result - result.mean(1, keepdim=True)) < 1.1
 
 
-@pytest.mark.parametrize(("preset", "grain"), [("faithful", 1.1), ("balanced", 2.2), ("detailed", 2.2)])
+@pytest.mark.parametrize(("preset", "grain"), [("faithful", 1.1), ("balanced", 1.8), ("detailed", 1.8)])
 @pytest.mark.parametrize("name", SMOOTH)
 def test_smooth_stays_smooth(name: str, preset: str, grain: float) -> None:
     _, bicubic, result = upscaled(name, preset)
     assert rms(result - bicubic) < grain
 
 
-@pytest.mark.parametrize(
-    ("name", "preset", "stain"),
-    [
-        *((name, preset, stain) for name in ("flat", "sky") for preset, stain in STAINS.items()),
-        *(known("3.6 to 5.1 levels", "gradient", preset, stain) for preset, stain in STAINS.items()),
-    ],
-)
+@pytest.mark.parametrize(("preset", "stain"), [("faithful", 2.2), ("balanced", 3.2), ("detailed", 3.2)])
+@pytest.mark.parametrize("name", SMOOTH)
 def test_smooth_gets_no_stains(name: str, preset: str, stain: float) -> None:
     _, bicubic, result = upscaled(name, preset)
     assert tint(result - bicubic) < stain
 
 
-@pytest.mark.parametrize(("preset", "grain"), [("faithful", 1), ("balanced", 3)])
-@pytest.mark.parametrize(("name", "factor"), [("frame", 0.5), ("saturated", 1.5)])
-def test_flat_areas_beside_edges_stay_flat(name: str, factor: float, preset: str, grain: float) -> None:
+@pytest.mark.parametrize(("preset", "grain"), [("faithful", 0.5), ("balanced", 1.2)])
+@pytest.mark.parametrize("name", ["frame", "saturated"])
+def test_flat_areas_beside_edges_stay_flat(name: str, preset: str, grain: float) -> None:
     original, _, result = upscaled(name, preset)
-    assert rms((result - original)[far_from_edges(original)]) < grain * factor
+    assert rms((result - original)[far_from_edges(original)]) < grain
 
 
-@pytest.mark.parametrize(
-    ("name", "preset"),
-    [
-        *product([*SMOOTH, "frame", "saturated"], ["faithful"]),
-        *product(["flat", "sky", "frame", "saturated"], ["balanced"]),
-        known("10 levels", "gradient", "balanced"),
-    ],
-)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", [*SMOOTH, "frame", "saturated"])
 def test_no_specks(name: str, preset: str) -> None:
     original, bicubic, result = upscaled(name, preset)
     assert greatest((result - bicubic)[far_from_edges(original)]) < 8
 
 
-@pytest.mark.parametrize(
-    ("name", "preset", "step"),
-    [
-        ("flat", "faithful", 1),
-        ("sky", "faithful", 1),
-        known("1.1 levels at one border", "gradient", "faithful", 1),
-        *((name, "balanced", 2) for name in SMOOTH),
-    ],
-)
+@pytest.mark.parametrize(("preset", "step"), [("faithful", 1), ("balanced", 1.7)])
+@pytest.mark.parametrize("name", SMOOTH)
 def test_no_seams_where_it_is_smooth(name: str, preset: str, step: float) -> None:
     """No stretch of a border as long as a block steps by more, in the mean along it."""
     _, bicubic, result = upscaled(name, preset)
@@ -272,10 +243,10 @@ def test_no_seams_where_it_is_smooth(name: str, preset: str, step: float) -> Non
         assert greatest(steps.unflatten(2, (-1, BLOCK)).mean(3)) < step
 
 
-@pytest.mark.parametrize(("preset", "step"), [("faithful", 1.5), ("balanced", 2.3)])
+@pytest.mark.parametrize(("preset", "step"), [("faithful", 0.8), ("balanced", 1.4)])
 @pytest.mark.parametrize("name", ["line art", "diagonals"])
 def test_no_seams_through_drawings(name: str, preset: str, step: float) -> None:
-    """The median along a border leaves out what crosses it. Elsewhere it is 0.5 (faithful) and 1.2 (balanced)."""
+    """The median along a border leaves out what crosses it."""
     _, bicubic, result = upscaled(name, preset)
     medians = [steps.median(2).values.flatten() for steps in border_steps(result - bicubic)]
     assert rms(torch.cat(medians)) < step
@@ -288,14 +259,8 @@ def test_edges_ring_no_more_than_bicubic(name: str, preset: str, factor: float) 
     assert rms(overshoot(result, original)) < factor * rms(overshoot(bicubic, original))
 
 
-@pytest.mark.parametrize(
-    ("name", "preset", "more"),
-    [
-        *((name, "faithful", 18) for name in (*EDGES, "frame", "saturated")),
-        *((name, "balanced", 20) for name in (*EDGES, "frame")),
-        ("saturated", "balanced", 25),
-    ],
-)
+@pytest.mark.parametrize(("preset", "more"), [("faithful", 14), ("balanced", 17)])
+@pytest.mark.parametrize("name", [*EDGES, "frame", "saturated"])
 def test_hardly_a_pixel_overshoots_far(name: str, preset: str, more: float) -> None:
     """All but one of a thousand values; bicubic's are cut off at black and white in the last two."""
     original, bicubic, result = upscaled(name, preset)
@@ -317,7 +282,10 @@ def test_checkers_stay(preset: str) -> None:
     assert (result * squares).mean() > 0.7 * (bicubic * squares).mean()
 
 
-@pytest.mark.parametrize("preset", [known("stains of 7 to 15 levels", preset) for preset in PRESETS])
+@pytest.mark.parametrize(
+    "preset",
+    ["faithful", pytest.param("balanced", marks=pytest.mark.xfail(strict=True, reason="a stain of 4.4 levels"))],
+)
 def test_checkers_get_no_tint(preset: str) -> None:
     _, bicubic, result = upscaled("checkers", preset)
     assert tint(result - bicubic) < 4
