@@ -895,7 +895,7 @@ def test_it_learns(photographs: Path, tiny: list[str], tmp_path: Path) -> None:
     arguments = [*tiny, *PLAIN, f"data.train=[{one}]", f"data.validation=[{one}]", f"out={tmp_path}"]
     arguments += ["data.direct=1", "data.mirror=0", "data.turn=false", "loss.lr_dropout=0", "loss.regression=0"]
     arguments += ["optimizer.learning_rate=0.02", "batch=4", "steps=60"]
-    train(*arguments, "log_every=15", "validate_every=20", "save_every=60")
+    train(*arguments, "log_every=20", "validate_every=20", "save_every=60")
     losses = [float(row["loss"]) for row in rows(tmp_path / "log.csv")]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.7 * losses[0]
