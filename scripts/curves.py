@@ -28,12 +28,15 @@ figure, ((levels, held), (distortion, perception)) = plt.subplots(2, 2, figsize=
 for key, values in log.items():
     if key.startswith("loss_") and not np.isnan(values).all():
         levels.plot(log["step"], values, label=key.removeprefix("loss_").replace("_", " "), linewidth=1)
-levels.set(title="training loss by sigma", yscale="log")
+levels.set(title="training loss by sigma")
 
 for key, values in validation.items():
     if "_loss_" in key:
         held.plot(validation["step"], values, ".-", label=key.replace("_loss_mean", "").replace("_loss_", ", sigma "))
-held.set(title="loss on held pictures", yscale="log")
+held.set(title="loss on held pictures")
+for axes in (levels, held):
+    if axes.dataLim.ymin > 0:  # a predictor's is a logarithm already
+        axes.set_yscale("log")
 
 for axes, measure, title in (
     (distortion, "psnr_y", "PSNR-Y above bicubic, dB"),
