@@ -67,12 +67,12 @@ def keep_to(low_res: Tensor, estimate: Tensor) -> None:
     (height, width), size = low_res.shape[2:], (estimate.shape[2], estimate.shape[3])
     areas, small = ((math.ceil(height / side), math.ceil(width / side)) for side in (COLOUR_AREA, STAIN_AREA))
     detail = F.interpolate(LEAST_DETAIL + DETAIL * (_bends(low_res) - ROUNDING).relu(), size, mode="bilinear")
-    stain = STAIN + _bends(resize(low_res, small))
+    stain = STAIN + _bends(F.adaptive_avg_pool2d(low_res, small))
     for channel in range(estimate.shape[1]):  # one by one takes less memory
         known, estimated = low_res[:, channel : channel + 1], estimate[:, channel : channel + 1]
         off = resize(estimated, (height, width)).clamp_(-1, 1) - known
         cast = resize(off, areas)
-        stains = resize(off, small) - resize(cast, small)
+        stains = F.adaptive_avg_pool2d(off, small) - resize(cast, small)
         stains -= stains.clamp(-stain, stain)
         enlarged = resize(known, size)
         estimated.sub_(resize(cast, size)).sub_(resize(stains, size)).sub_(enlarged)

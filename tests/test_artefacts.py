@@ -282,10 +282,7 @@ def test_checkers_stay(preset: str) -> None:
     assert (result * squares).mean() > 0.7 * (bicubic * squares).mean()
 
 
-@pytest.mark.parametrize(
-    "preset",
-    ["faithful", pytest.param("balanced", marks=pytest.mark.xfail(strict=True, reason="a stain of 4.4 levels"))],
-)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_checkers_get_no_tint(preset: str) -> None:
     _, bicubic, result = upscaled("checkers", preset)
     assert tint(result - bicubic) < 4
