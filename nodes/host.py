@@ -139,8 +139,9 @@ class InfDiTModel(comfy.model_base.BaseModel):
         self.begin()
 
     def begin(self) -> None:
-        """A new sampling: what runs out of memory in it isn't tried again."""
+        """Before a sampling and after it: what runs out of memory in one isn't tried again, nor is a picture kept."""
         self.plan: MemoryPlan | None = None
+        self.refined: tuple[Tensor, Tensor] | None = None  # of a low resolution what every evaluation refines
 
     def get_dtype(self) -> torch.dtype:
         return self.weight_dtype
@@ -175,6 +176,11 @@ class InfDiTModel(comfy.model_base.BaseModel):
         def stop_if_asked(_: object) -> None:
             management.throw_exception_if_processing_interrupted()
 
+        if self.refined is None or not torch.equal(self.refined[0], low_res):
+            upsampled = [network.upsample(picture[None], on_tile=stop_if_asked) for picture in low_res]
+            self.refined = low_res, torch.cat(upsampled)
+        refined = self.refined[1]
+
         def denoise(i: int) -> Tensor:
             return evaluation.denoise(
                 network,
@@ -182,7 +188,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
                 x[i : i + 1],
                 t[i],
                 low_res[i : i + 1],
-                network.upsample(low_res[i : i + 1], on_tile=stop_if_asked),
+                refined[i : i + 1],
                 semantic=None if semantic is None else semantic[i : i + 1],
                 on_tile=stop_if_asked,
             )
@@ -223,7 +229,8 @@ def load_model(path: Path | None, precision: str) -> comfy.model_patcher.ModelPa
     patcher = comfy.model_patcher.ModelPatcher(
         InfDiTModel(network, weight_dtype), load_device=device, offload_device=management.unet_offload_device()
     )
-    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, lambda p: p.model.begin())
+    for moment in (comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, comfy.patcher_extension.CallbacksMP.ON_CLEANUP):
+        patcher.add_callback(moment, lambda p: p.model.begin())
     return patcher
 
 

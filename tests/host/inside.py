@@ -152,6 +152,19 @@ def ksampler_with_heun_and_karras_is_edm_heun(h: Any) -> None:
 
 
 @check
+def a_picture_is_predicted_once_a_sampling_and_not_kept(h: Any) -> None:
+    model, asked = h.default(), []
+    network, image = model.model.diffusion_model, picture(16, 16, batch=2)
+    real = network.upsample
+    network.upsample = lambda *given, **named: asked.append(given) or real(*given, **named)
+    for number in (1, 2):
+        sampled(h, model, image, steps=3, seed=11, cfg=3.0)
+        assert len(asked) == number * 4, len(asked)  # two pictures, each for positive and negative
+        assert model.model.refined is None
+    del network.upsample
+
+
+@check
 def our_sampler_and_schedule_drive_both_paths_alike(h: Any) -> None:
     import torch
     from comfy_extras.nodes_custom_sampler import BasicGuider, Noise_RandomNoise, SamplerCustomAdvanced
