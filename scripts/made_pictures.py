@@ -1,8 +1,8 @@
 """Draw pictures that photographs hold little of, to train on beside them: made_pictures.py PHOTOGRAPHS OUT
 
-Text, line art, windows of a program, flat colours and ramps, checkers and stripes, and "dead leaves" (smooth shapes in
-front of each other, sharp and out of focus), all at random; and photographs out of focus, so that what a lens left soft
-stays soft. The same at each call.
+Text, line art, windows of a program, flat colours and ramps, checkers and stripes, "dead leaves" (smooth shapes in
+front of each other, sharp and out of focus), and small things in rows, all at random; and photographs out of focus, so
+that what a lens left soft stays soft. The same at each call.
 """
 
 import argparse
@@ -148,7 +148,35 @@ def leaves(random: Random) -> Image.Image:
     return Image.fromarray((small * np.asarray(light)[..., None]).clip(0, 255).round().astype(np.uint8))
 
 
-KINDS: list[Callable[[Random], Image.Image]] = [text, line_art, window, smooth, checkers, leaves]
+def rows(random: Random) -> Image.Image:
+    """Small things in rows, seen aslant and bent: bricks, tiles, windows, weave, beads, seeds, down to where a low
+    resolution can hardly tell one from the next."""
+    finer = 3
+    y, x = np.mgrid[: SIDE * finer, : SIDE * finer] / (SIDE * finer) - 0.5
+    lean, spacing = random.uniform(0, 2 * np.pi), 2 ** random.uniform(2, 4.3) / SIDE
+    u, v = np.cos(lean) * x - np.sin(lean) * y, np.sin(lean) * x + np.cos(lean) * y
+    distance = 1 + random.uniform(0, 1) * v
+    u, v = u / distance, v / distance * random.uniform(0.5, 2)
+    waves, bend = random.uniform(1, 12, 4), random.uniform(0, 0.02)
+    u, v = u + bend * np.sin(waves[0] * v + waves[1]), v + bend * np.sin(waves[2] * u + waves[3])
+    u, v = u / spacing, v / spacing
+    u += random.choice([0, 0.5, random.random()]) * (np.floor(v) % 2)  # as bricks, or one above the other
+
+    thing = (np.floor(u) * 7919 + np.floor(v) * 104729).astype(np.int64) % 4096  # each with its place and its light
+    right, down = (random.uniform(-0.5, 0.5, (2, 4096)) * random.choice([0, 0.15, 0.3]))[:, thing]
+    u, v = (u % 1 - 0.5 - right) * 2, (v % 1 - 0.5 - down) * 2  # from its middle
+    power, size = random.choice([1, 2, 2, 4, 16]), random.uniform(0.45, 1.05, 2)
+    outwards = np.abs(u / size[0]) ** power + np.abs(v / size[1]) ** power  # 1 at its edge
+    ground, lit = np.array(colours(random), dtype=float)
+    ground = lit * random.uniform(0, 0.6) if random.random() < 0.5 else ground  # in their shadow
+    light = random.normal(0, random.uniform(0, 60), (4096, 1)) + random.normal(0, random.uniform(0, 20), (4096, 3))
+    shade = random.choice([0, 0.5, 1]) * (outwards + random.uniform(-1, 1) * u).clip(0, 1)[..., None]
+    shaded = (lit + light[thing]) * (1 - shade) + ground * shade
+    levels = np.where(outwards[..., None] < 1, shaded, ground).clip(0, 255).round().astype(np.uint8)
+    return Image.fromarray(levels).reduce(finer)
+
+
+KINDS: list[Callable[[Random], Image.Image]] = [text, line_art, window, smooth, checkers, leaves, rows]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("photographs", type=Path)

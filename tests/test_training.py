@@ -640,6 +640,23 @@ def test_the_first_stage_goes_on_where_it_stopped(
     assert_same_state(tmp_path, predicting, 10)
 
 
+def test_a_predictor_made_deeper_starts_with_the_same_answers(
+    predicting: Path, tiny: list[str], tmp_path: Path, assert_close: CloseTo
+) -> None:
+    start, deeper = predicting / "weights.safetensors", [*tiny, *PREDICTOR, "network.predictor_depth=3", "steps=4"]
+    first, low_res = [*deeper, "stage=predictor", f"start_from={start}"], torch.rand(1, 3, 9, 7) * 2 - 1
+    before = load_infdit(start).predict(low_res)
+    train(*first, f"out={tmp_path / 'still'}", "optimizer.learning_rate=1e-12")
+    still = load_infdit(tmp_path / "still" / "weights.safetensors")
+    assert still.config.predictor_depth == 3
+    assert_close(still.predict(low_res), before, 1e-6)
+    train(*first, f"out={tmp_path / 'learnt'}", RATE)
+    learnt = weights(tmp_path / "learnt" / "weights.safetensors")
+    assert learnt["predictor.blocks.1.conv_out.weight"].any() and learnt["predictor.blocks.2.conv_out.weight"].any()
+    with pytest.raises(ValueError, match="predictor_depth 1 instead of 3"):
+        train(*deeper, f"start_from={start}", f"out={tmp_path / 'second'}")
+
+
 def test_the_second_stage_leaves_the_predictor_and_sees_its_picture(
     predicting: Path, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

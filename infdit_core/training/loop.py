@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -29,6 +29,7 @@ from ..infdit.checkpoint import load_infdit, save_infdit
 from ..infdit.config import InfDiTConfig
 from ..infdit.lora import add_lora, merged_state, save_lora
 from ..infdit.model import InfDiT
+from ..infdit.predictor import Predictor
 from ..metrics import Lpips, load_lpips
 from ..semantics import Clip, load_clip
 from ..weights import write_atomically
@@ -233,8 +234,11 @@ def _network(config: TrainConfig) -> InfDiT:
         network = load_infdit(None if config.start_from == "default" else config.start_from)
         found, wanted = network.config, config.network or network.config
         changes: dict[str, Any] = {"presets": wanted.presets, "grids": wanted.grids}
+        grows = config.stage == "predictor" and 0 < found.predictor_depth < wanted.predictor_depth
         if network.predictor is None:
             changes |= {"predictor_width": wanted.predictor_width, "predictor_depth": wanted.predictor_depth}
+        elif grows:
+            changes |= {"predictor_depth": wanted.predictor_depth}
         if wrong := differences(wanted, replace(found, **changes)):
             said = ", ".join(f"{key} {b} instead of {a}" for key, (a, b) in wrong.items())
             raise TrainingError(f"{config.start_from} holds another network: {said}. Say network=null to take that one")
@@ -242,6 +246,8 @@ def _network(config: TrainConfig) -> InfDiT:
             if config.stage != "predictor":
                 raise TrainingError(f"{config.start_from} holds no predictor: {_UNTRAINED}")
             network.predictor = _fresh(wanted, generator).predictor
+        elif grows:
+            network.predictor = _deeper(network.predictor, _fresh(wanted, generator).predictor)
         network.config = wanted
         network.train().requires_grad_(True)
     else:
@@ -288,6 +294,14 @@ def _fresh(config: InfDiTConfig, generator: torch.Generator) -> InfDiT:
         network = InfDiT(config)
     network.initialise(generator)
     return network
+
+
+def _deeper(predictor: Predictor, fresh: Predictor) -> Predictor:
+    """`fresh` with the weights of a shallower one, whose answers it gives: what it has more of adds nothing yet."""
+    for block in fresh.blocks[len(predictor.blocks) :]:
+        nn.init.zeros_(block.conv_out.weight)
+    fresh.load_state_dict(predictor.state_dict(), strict=False)
+    return fresh
 
 
 def _clip(config: TrainConfig, network: InfDiTConfig, device: torch.device) -> Clip | None:
