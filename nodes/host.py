@@ -136,12 +136,12 @@ class InfDiTModel(comfy.model_base.BaseModel):
         self.model_sampling = _Sampling(config)
         self.diffusion_model = network
         self.weight_dtype = weight_dtype
-        self.begin()
+        self.forget()
 
-    def begin(self) -> None:
-        """Before a sampling and after it: what runs out of memory in one isn't tried again, nor is a picture kept."""
+    def forget(self) -> None:
+        """Before and after a sampling, in which what ran out of memory isn't tried again."""
         self.plan: MemoryPlan | None = None
-        self.refined: tuple[Tensor, Tensor] | None = None  # of a low resolution what every evaluation refines
+        self.refined: list[tuple[Tensor, Tensor]] = []  # low resolutions, and the picture that evaluations refine
 
     def get_dtype(self) -> torch.dtype:
         return self.weight_dtype
@@ -176,10 +176,13 @@ class InfDiTModel(comfy.model_base.BaseModel):
         def stop_if_asked(_: object) -> None:
             management.throw_exception_if_processing_interrupted()
 
-        if self.refined is None or not torch.equal(self.refined[0], low_res):
-            upsampled = [network.upsample(picture[None], on_tile=stop_if_asked) for picture in low_res]
-            self.refined = low_res, torch.cat(upsampled)
-        refined = self.refined[1]
+        def refined(picture: Tensor) -> Tensor:
+            for known, upsampled in self.refined:
+                if torch.equal(known, picture):
+                    return upsampled
+            upsampled = network.upsample(picture, on_tile=stop_if_asked)
+            self.refined.append((picture, upsampled))
+            return upsampled
 
         def denoise(i: int) -> Tensor:
             return evaluation.denoise(
@@ -188,7 +191,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
                 x[i : i + 1],
                 t[i],
                 low_res[i : i + 1],
-                refined[i : i + 1],
+                refined(low_res[i : i + 1]),
                 semantic=None if semantic is None else semantic[i : i + 1],
                 on_tile=stop_if_asked,
             )
@@ -201,7 +204,7 @@ class InfDiTModel(comfy.model_base.BaseModel):
         scale = self.diffusion_model.config.scale
         size = (max(1, height // scale), max(1, width // scale))
         plan = MemoryPlan(self.diffusion_model, size, "auto", _obtainable(self.diffusion_model))
-        # Measured: 17 to 21 fp32 pictures of a batch in all; one more for a second grid, one for what is refined.
+        # Measured: 17 to 21 fp32 pictures of a batch in all; one more for a second grid, one for what each refines.
         pictures = 12 * 3 * 4 * batch * height * width
         return float(plan.bytes + pictures)
 
@@ -230,7 +233,7 @@ def load_model(path: Path | None, precision: str) -> comfy.model_patcher.ModelPa
         InfDiTModel(network, weight_dtype), load_device=device, offload_device=management.unet_offload_device()
     )
     for moment in (comfy.patcher_extension.CallbacksMP.ON_PRE_RUN, comfy.patcher_extension.CallbacksMP.ON_CLEANUP):
-        patcher.add_callback(moment, lambda p: p.model.begin())
+        patcher.add_callback(moment, lambda p: p.model.forget())
     return patcher
 
 

@@ -186,7 +186,7 @@ def _comfy() -> dict[str, dict[str, Any]]:
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy.model_sampling": {"ModelSamplingContinuousEDM": ModelSampling, "EDM": NoiseScaling},
         "comfy.ops": {"pick_operations": lambda weight_dtype, compute_dtype: nn},
-        "comfy.patcher_extension": {"CallbacksMP": SimpleNamespace(ON_PRE_RUN="on_pre_run")},
+        "comfy.patcher_extension": {"CallbacksMP": SimpleNamespace(ON_PRE_RUN="on_pre_run", ON_CLEANUP="on_cleanup")},
         "comfy.samplers": {"KSAMPLER": KSampler},
         "comfy.supported_models_base": {"BASE": ModelConfig},
         "comfy.utils": {"ProgressBar": ProgressBar},

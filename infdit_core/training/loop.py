@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -106,7 +106,7 @@ def train(config: TrainConfig) -> Path | None:
     fabric.launch()
     out = Path(config.out)
     with _alone_in(out, fabric), _signals() as asked:
-        network = _network(config)
+        network = _network(config, fabric)
         config = replace(config, network=network.config)
         _settle(config, out, fabric)
         pictures = _pictures(config, network.config, out, fabric)
@@ -228,7 +228,7 @@ def _signals() -> Iterator[_Asked]:
 _UNTRAINED = "train it first, stage=predictor, or say network.predictor_width=0 network.predictor_depth=0"
 
 
-def _network(config: TrainConfig) -> InfDiT:
+def _network(config: TrainConfig, fabric: Fabric) -> InfDiT:
     generator = torch.Generator().manual_seed(config.seed)
     if config.start_from:
         network = load_infdit(None if config.start_from == "default" else config.start_from)
@@ -241,13 +241,18 @@ def _network(config: TrainConfig) -> InfDiT:
             changes |= {"predictor_depth": wanted.predictor_depth}
         if wrong := differences(wanted, replace(found, **changes)):
             said = ", ".join(f"{key} {b} instead of {a}" for key, (a, b) in wrong.items())
-            raise TrainingError(f"{config.start_from} holds another network: {said}. Say network=null to take that one")
+            raise TrainingError(
+                f"{config.start_from} holds another network: {said}. Say network=null to take that one; only "
+                "stage=predictor makes a predictor deeper"
+            )
         if network.predictor is None and wanted.predictor_depth:
             if config.stage != "predictor":
                 raise TrainingError(f"{config.start_from} holds no predictor: {_UNTRAINED}")
             network.predictor = _fresh(wanted, generator).predictor
         elif grows:
             network.predictor = _deeper(network.predictor, _fresh(wanted, generator).predictor)
+            more = wanted.predictor_depth - found.predictor_depth
+            _say(fabric, f"the predictor gets {more} blocks more, which change nothing at first")
         network.config = wanted
         network.train().requires_grad_(True)
     else:
@@ -299,7 +304,7 @@ def _fresh(config: InfDiTConfig, generator: torch.Generator) -> InfDiT:
 def _deeper(predictor: Predictor, fresh: Predictor) -> Predictor:
     """`fresh` with the weights of a shallower one, whose answers it gives: what it has more of adds nothing yet."""
     for block in fresh.blocks[len(predictor.blocks) :]:
-        nn.init.zeros_(block.conv_out.weight)
+        block.conv_out.weight.data.zero_()
     fresh.load_state_dict(predictor.state_dict(), strict=False)
     return fresh
 
