@@ -301,11 +301,11 @@ def _fresh(config: InfDiTConfig, generator: torch.Generator) -> InfDiT:
     return network
 
 
-def _deeper(predictor: Predictor, fresh: Predictor) -> Predictor:
+def _deeper(predictor: Predictor | None, fresh: Predictor | None) -> Predictor:
     """`fresh` with the weights of a shallower one, whose answers it gives: what it has more of adds nothing yet."""
-    for block in fresh.blocks[len(predictor.blocks) :]:
-        block.conv_out.weight.data.zero_()
-    fresh.load_state_dict(predictor.state_dict(), strict=False)
+    assert predictor is not None and fresh is not None
+    silent = {name: torch.zeros_like(x) if ".conv_out." in name else x for name, x in fresh.state_dict().items()}
+    fresh.load_state_dict(silent | predictor.state_dict())
     return fresh
 
 
