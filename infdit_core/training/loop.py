@@ -106,7 +106,7 @@ def train(config: TrainConfig) -> Path | None:
     fabric.launch()
     out = Path(config.out)
     with _alone_in(out, fabric), _signals() as asked:
-        network = _network(config, fabric)
+        network = _network(config)
         config = replace(config, network=network.config)
         _settle(config, out, fabric)
         pictures = _pictures(config, network.config, out, fabric)
@@ -228,7 +228,7 @@ def _signals() -> Iterator[_Asked]:
 _UNTRAINED = "train it first, stage=predictor, or say network.predictor_width=0 network.predictor_depth=0"
 
 
-def _network(config: TrainConfig, fabric: Fabric) -> InfDiT:
+def _network(config: TrainConfig) -> InfDiT:
     generator = torch.Generator().manual_seed(config.seed)
     if config.start_from:
         network = load_infdit(None if config.start_from == "default" else config.start_from)
@@ -251,8 +251,6 @@ def _network(config: TrainConfig, fabric: Fabric) -> InfDiT:
             network.predictor = _fresh(wanted, generator).predictor
         elif grows:
             network.predictor = _deeper(network.predictor, _fresh(wanted, generator).predictor)
-            more = wanted.predictor_depth - found.predictor_depth
-            _say(fabric, f"the predictor gets {more} blocks more, which change nothing at first")
         network.config = wanted
         network.train().requires_grad_(True)
     else:
