@@ -644,7 +644,7 @@ def test_a_predictor_made_deeper_starts_with_the_same_answers(
     predicting: Path, tiny: list[str], tmp_path: Path, assert_close: CloseTo
 ) -> None:
     start, deeper = predicting / "weights.safetensors", [*tiny, *PREDICTOR, "network.predictor_depth=3", "steps=4"]
-    first, low_res = [*deeper, "stage=predictor", f"start_from={start}"], torch.rand(1, 3, 9, 7) * 2 - 1
+    first, low_res = [*deeper, "stage=predictor", f"start_from={start}"], torch.linspace(-1, 1, 189).view(1, 3, 9, 7)
     before = load_infdit(start).predict(low_res)
     train(*first, f"out={tmp_path / 'still'}", "optimizer.learning_rate=1e-12")
     still = load_infdit(tmp_path / "still" / "weights.safetensors")
@@ -653,7 +653,7 @@ def test_a_predictor_made_deeper_starts_with_the_same_answers(
     train(*first, f"out={tmp_path / 'learnt'}", RATE)
     learnt = weights(tmp_path / "learnt" / "weights.safetensors")
     assert learnt["predictor.blocks.1.conv_out.weight"].any() and learnt["predictor.blocks.2.conv_out.weight"].any()
-    with pytest.raises(ValueError, match=r"predictor_depth 1 instead of 3.*only stage=predictor makes"):
+    with pytest.raises(ValueError, match="predictor_depth 1 instead of 3"):
         train(*deeper, f"start_from={start}", f"out={tmp_path / 'second'}")
 
 

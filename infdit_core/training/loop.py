@@ -241,10 +241,7 @@ def _network(config: TrainConfig) -> InfDiT:
             changes |= {"predictor_depth": wanted.predictor_depth}
         if wrong := differences(wanted, replace(found, **changes)):
             said = ", ".join(f"{key} {b} instead of {a}" for key, (a, b) in wrong.items())
-            raise TrainingError(
-                f"{config.start_from} holds another network: {said}. Say network=null to take that one; only "
-                "stage=predictor makes a predictor deeper"
-            )
+            raise TrainingError(f"{config.start_from} holds another network: {said}. Say network=null to take that one")
         if network.predictor is None and wanted.predictor_depth:
             if config.stage != "predictor":
                 raise TrainingError(f"{config.start_from} holds no predictor: {_UNTRAINED}")
