@@ -165,7 +165,11 @@ def test_a_full_disk_leaves_nothing(
 def test_interrupt_stops_and_leaves_nothing(photo: Path, weights: Path, tmp_path: Path) -> None:
     Image.new("RGB", (900, 900)).save(photo)
     command = [sys.executable, "-m", "infdit_core", "upscale", photo, "-o", tmp_path / "out.png", "--model", weights]
-    process = subprocess.Popen([*command, "--tile", "1"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        process = subprocess.Popen([*command, "--tile", "1"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stderr is not None
     assert "s left" in process.stderr.readline()
     process.send_signal(signal.SIGINT)

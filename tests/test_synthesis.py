@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from infdit_core.degradation import degrade, synthesis
+from infdit_core.degradation import degrade, degrade_mildly, synthesis
 from infdit_core.degradation.synthesis import (
     add_noise,
     blur,
@@ -343,6 +343,26 @@ def test_softness(photograph: Tensor) -> None:
     assert 0.85 * detail < kept
     noisy = [degrade(torch.full_like(x, 0.5), 4, generator(seed), 0.0).std() for seed in range(8)]
     assert min(noisy) > 1 / 255
+
+
+def test_mildly(photograph: Tensor) -> None:
+    """As sharp as before: what differs is noise and JPEG, and no more than they are drawn."""
+    x = photograph[..., :120, :100].repeat(60, 1, 1, 1)
+    kept, found = x.clone(), degrade_mildly(x, generator(0))
+    assert torch.equal(x, kept)
+    assert torch.equal(found, (found * 255).round() / 255)
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert (found.mean((0, 2, 3)) - x.mean((0, 2, 3))).abs().max() < 1 / 255
+    assert psnr(synthesis._luma(found).mean(0), synthesis._luma(x)[0]) > 36  # colours lose what 4:2:0 takes
+    each = [psnr(sample, x[0]) for sample in found]
+    assert min(each) > 20
+    assert max(each) > min(each) + 6
+    assert torch.equal(degrade_mildly(x, generator(0)), found)
+    assert not torch.equal(found[0], found[1])
+    flat = degrade_mildly(torch.full((60, 3, 64, 64), 0.5), generator(1)).std((1, 2, 3))
+    assert flat.max() < 12 / 255  # the noise of 10 levels, and what JPEG's rounding makes of it
+    assert flat.min() < 1 / 255
 
 
 def test_same_seed_same_picture(photograph: Tensor) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from towers import saved
 
+from infdit_core.degradation import degrade_mildly
 from infdit_core.images import resize
 from infdit_core.semantics import load_clip
 from infdit_core.training import data
@@ -332,8 +333,11 @@ def test_nothing_but_damaged_pictures_is_an_error(photographs: Path, tmp_path: P
 # --- what the network is given
 
 
-def reduced(crops: Tensor, degraded: list[bool], margin: int = 0, seed: int = 0) -> data.Batch:
-    return reduce(crops, 4, margin, torch.tensor(degraded), 1.0, torch.Generator().manual_seed(seed))
+def reduced(
+    crops: Tensor, degraded: list[bool], margin: int = 0, seed: int = 0, mild: list[bool] | None = None
+) -> data.Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return reduce(crops, 4, margin, torch.tensor(degraded), torch.tensor(mild or [False] * len(crops)), 1.0, generator)
 
 
 def test_clean_low_resolution_is_pillows(pictures: list[PictureFile]) -> None:
@@ -363,6 +367,17 @@ def test_only_the_marked_samples_are_degraded(pictures: list[PictureFile]) -> No
     assert mixed.low_res.abs().max() <= 1
     assert torch.equal(reduced(crops, differs).low_res, mixed.low_res)
     assert not torch.equal(reduced(crops, differs, seed=1).low_res, mixed.low_res)
+
+
+def test_mild_degradation_is_noise_and_jpeg_on_the_clean_low_resolution(pictures: list[PictureFile]) -> None:
+    crops = drawn(pictures, range(4)).permute(0, 3, 1, 2)
+    clean = reduced(crops, [False] * 4)
+    mixed = reduced(crops, [False, True, False, True], mild=[False, False, True, True])
+    assert torch.equal(mixed.low_res[[0, 2]], clean.low_res[[0, 2]])  # mild says how, not whether
+    once = degrade_mildly(clean.low_res[3:] / 2 + 0.5, torch.Generator().manual_seed(0))
+    alone = reduced(crops[3:], [True], mild=[True])
+    torch.testing.assert_close(alone.low_res, once * 2 - 1)
+    assert not torch.equal(mixed.low_res[3], clean.low_res[3])
 
 
 def test_margins_line_up_with_the_original(pictures: list[PictureFile], assert_close: CloseTo) -> None:

@@ -1,5 +1,5 @@
 """How pictures go bad."""
 
-from .synthesis import degrade, smallest_side
+from .synthesis import degrade, degrade_mildly, smallest_side
 
-__all__ = ["degrade", "smallest_side"]
+__all__ = ["degrade", "degrade_mildly", "smallest_side"]

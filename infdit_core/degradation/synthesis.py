@@ -1,7 +1,8 @@
 """The second-order degradation of Real-ESRGAN (arXiv 2107.10833), with the parameters that Inf-DiT was trained on.
 
 A picture is blurred, resized, made noisy and stored as JPEG, and all of it once more, on the way down to its low
-resolution. Every sample of a batch draws its own kernels, noise and JPEG quality.
+resolution. Milder is what happens to a picture that was reduced with care: noise and JPEG, once. Every sample of a
+batch draws its own kernels, noise and JPEG quality.
 """
 
 import math
@@ -39,6 +40,7 @@ FIRST_QUALITY, LAST_QUALITY = (60.0, 95.0), (60.0, 100.0)  # of JPEG
 GAUSSIAN_NOISE, GREY_NOISE = 0.5, 0.4  # probabilities
 SINC, LAST_SINC = 0.1, 0.8  # probabilities: in place of a kernel of FAMILIES, and at the end
 FILTERS = ("area", "bilinear", "bicubic")
+MILD_DEVIATION, MILD_QUALITY = (0.0, 10.0), (40.0, 95.0)  # of Gaussian noise in levels of 255, of JPEG
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,7 @@ def degrade(x: Tensor, scale: int, generator: torch.Generator, softness: float =
     """
     _check(x, scale)
     height, width = x.shape[2] // scale, x.shape[3] // scale
-    # Parameters are drawn on the CPU, so that a GPU is waited for once, here.
-    seed = torch.randint(2**62, (), generator=generator, device=x.device).item()
-    dice = torch.Generator().manual_seed(int(seed))
+    dice = _dice(x, generator)
 
     x = _stage(x, FIRST.softened(softness), (x.shape[2], x.shape[3]), generator, dice)
     x = jpeg(x, _uniform(*FIRST_QUALITY, len(x), dice))
@@ -90,6 +90,18 @@ def degrade(x: Tensor, scale: int, generator: torch.Generator, softness: float =
     else:
         x = blur(_resize(jpeg(x, quality), (height, width), dice), kernels)
     return (x.clamp(0, 1) * 255).round() / 255
+
+
+@torch.no_grad()
+def degrade_mildly(low_res: Tensor, generator: torch.Generator) -> Tensor:
+    """Gaussian noise and JPEG, once: (B, 3, H, W) fp32 RGB in 0..1 -> the same shape, rounded to 8 bit.
+
+    A first-order degradation, without blur or aliasing. `generator` as in `degrade`.
+    """
+    count, dice = len(low_res), _dice(low_res, generator)
+    deviation, grey = _uniform(*MILD_DEVIATION, count, dice) / 255, _chance(GREY_NOISE, count, dice)
+    noisy = add_noise(low_res, torch.ones_like(grey), deviation, grey, generator)
+    return (jpeg(noisy, _uniform(*MILD_QUALITY, count, dice)) * 255).round() / 255
 
 
 def smallest_side(scale: int) -> int:
@@ -119,7 +131,13 @@ def _stage(x: Tensor, stage: Stage, full: tuple[int, int], generator: torch.Gene
     return add_noise(x, gaussian, torch.where(gaussian, deviation, scale), grey, generator)
 
 
-# --- draws, on the CPU
+# --- draws
+
+
+def _dice(x: Tensor, generator: torch.Generator) -> torch.Generator:
+    """For parameters: they are drawn on the CPU, so that a GPU is waited for once, here."""
+    seed = torch.randint(2**62, (), generator=generator, device=x.device).item()
+    return torch.Generator().manual_seed(int(seed))
 
 
 def _uniform(low: float | Tensor, high: float | Tensor, count: int, dice: torch.Generator) -> Tensor:

@@ -31,6 +31,7 @@ class DataConfig:
     surrounded: float = 0.0  # share of batches whose low resolution goes on for a block around the crop
     degraded: float = 1.0  # share of low resolutions degraded as in Real-ESRGAN; the others are bicubic
     softness: float = 1.0  # how far the degraded ones are blurred: 1 as published, 0 hardly at all
+    mild: float = 0.0  # share of the degraded ones that have noise and JPEG only once, on the bicubic low resolution
     workers: int = 4  # processes that read and decode
     cache: float = 1.0  # GiB of decoded pictures that each of them keeps
 
@@ -124,7 +125,7 @@ class TrainConfig:
                 raise ValueError(f"{key}={value}: it must not be below 0")
         if not all(0 <= beta < 1 for beta in self.optimizer.betas):
             raise ValueError(f"optimizer.betas={list(self.optimizer.betas)}: they must be from 0 to below 1")
-        of_data = ("direct", "mirror", "surrounded", "degraded", "softness")
+        of_data = ("direct", "mirror", "surrounded", "degraded", "softness", "mild")
         shares = {f"data.{key}": getattr(self.data, key) for key in of_data}
         shares |= {f"loss.{key}": getattr(self.loss, key) for key in ("regression", "lr_dropout")}
         shares |= {"optimizer.decay": self.optimizer.decay, "optimizer.ema": self.optimizer.ema}

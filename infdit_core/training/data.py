@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..degradation import degrade
+from ..degradation import degrade, degrade_mildly
 from ..images import READABLE, resize
 from ..semantics import Clip
 from .config import DataConfig
@@ -268,19 +268,22 @@ class Batch(NamedTuple):
 
 
 def reduce(
-    crops: Tensor, scale: int, margin: int, degraded: Tensor, softness: float, generator: torch.Generator
+    crops: Tensor, scale: int, margin: int, degraded: Tensor, mild: Tensor, softness: float, generator: torch.Generator
 ) -> Batch:
     """Make the low resolution of (B, 3, side, side) uint8 crops and enlarge it bicubically.
 
     margin: pixels around the original that only the low resolution shows. degraded: (B,) bool, by Real-ESRGAN's
-    second-order degradation of that softness; the others by Pillow's bicubic. Low resolutions are rounded to 8 bits,
-    as files are.
+    second-order degradation of that softness, or, where also mild, (B,) bool, by Pillow's bicubic, noise and JPEG; the
+    others by Pillow's bicubic alone. Low resolutions are rounded to 8 bits, as files are.
     """
     x = crops.float() / 255
     side = x.shape[2]
     low_res = (resize(x, (side // scale, side // scale)).clamp(0, 1) * 255).round() / 255
-    if degraded.any():
-        low_res[degraded] = degrade(x[degraded], scale, generator, softness)
+    strong, mild = degraded & ~mild, degraded & mild
+    if strong.any():
+        low_res[strong] = degrade(x[strong], scale, generator, softness)
+    if mild.any():
+        low_res[mild] = degrade_mildly(low_res[mild], generator)
     upsampled = resize(low_res * 2 - 1, (side, side)).clamp(-1, 1)
     inner = slice(margin, side - margin)
     return Batch(x[:, :, inner, inner] * 2 - 1, low_res * 2 - 1, upsampled[:, :, inner, inner])

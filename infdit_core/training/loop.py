@@ -426,8 +426,10 @@ def _batches(
         around = margin if random.random() < config.data.surrounded else 0
         if not around:
             here = here[:, :, margin : pictures.side - margin, margin : pictures.side - margin]
-        degraded = torch.rand(len(here), generator=generator, device=here.device) < config.data.degraded
-        yield reduce(here, network.scale, around, degraded, config.data.softness, generator), generator
+        data = config.data
+        die = torch.rand(len(here), generator=generator, device=here.device)
+        degraded, mild = die < data.degraded, die < data.degraded * data.mild
+        yield reduce(here, network.scale, around, degraded, mild, data.softness, generator), generator
 
 
 def _step(

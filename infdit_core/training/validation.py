@@ -26,7 +26,7 @@ class Held(NamedTuple):
     """A validation crop, with one low resolution for every kind that the training sees."""
 
     original: Tensor  # (1, 3, S, S) in 0..1
-    batches: dict[str, Batch]  # by kind: "clean", "degraded"
+    batches: dict[str, Batch]  # by kind: "clean", "degraded", "mild"
 
 
 def held_crops(
@@ -39,14 +39,20 @@ def held_crops(
 ) -> list[Held]:
     """The most detailed of eight crops of every picture, the same at each call."""
     upright = dataclasses.replace(config, direct=1.0, mirror=0.0, turn=False, candidates=8)
-    kinds = (["clean"] if config.degraded < 1 else []) + (["degraded"] if config.degraded > 0 else [])
+    shares = {
+        "clean": 1 - config.degraded,
+        "degraded": config.degraded * (1 - config.mild),
+        "mild": config.degraded * config.mild,
+    }
+    some = {answer: torch.tensor([answer], device=device) for answer in (False, True)}
     held = []
     for number, picture in enumerate(pictures):
         crop = torch.from_numpy(Crops([picture], side, upright, seed=0)[0].pixels).permute(2, 0, 1)[None].to(device)
         generator = torch.Generator(device).manual_seed(number)
         batches = {
-            kind: reduce(crop, scale, 0, torch.tensor([kind == "degraded"], device=device), config.softness, generator)
-            for kind in kinds
+            kind: reduce(crop, scale, 0, some[kind != "clean"], some[kind == "mild"], config.softness, generator)
+            for kind, share in shares.items()
+            if share > 0
         }
         batches = {kind: looked_at(batch, scale, clip) for kind, batch in batches.items()}
         held.append(Held(crop.float() / 255, batches))
