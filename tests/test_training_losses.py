@@ -161,6 +161,20 @@ def test_regression_samples_get_the_upsampled_picture_and_the_largest_sigma(batc
     assert not (ask(batch, low, network)[1] == 2.0).any()
 
 
+def test_own_input_starts_from_the_upsampled_picture_where_noise_is_little(batch: Batch) -> None:
+    config = replace(PLAIN, sigma_log_mean=-1.2, sigma_log_deviation=0.5, perceptual_below=0.3, regression=0.25)
+    losses, sigma, without = ask(batch, config)
+    own_losses, own_sigma, asked = ask(batch, replace(config, own_input=0.5))
+    assert torch.equal(own_sigma, sigma), "the same noise"
+    moved = (asked["noisy"] - without["noisy"]).flatten(1)
+    own = moved.abs().amax(1) > 1e-6
+    torch.testing.assert_close(moved[own], (batch.upsampled - batch.original)[own].flatten(1), atol=1e-6, rtol=0)
+    assert sigma[own].max() < 0.3
+    little = sigma < 0.3
+    assert own.sum().item() / little.sum().item() == pytest.approx(0.5 / 0.75, abs=0.05)
+    assert torch.equal(own_losses, losses), "still compared with the original, by the same weight"
+
+
 def test_lr_dropout_replaces_both_low_resolutions_by_clamped_noise(batch: Batch) -> None:
     _, _, asked = ask(batch, replace(PLAIN, lr_dropout=0.3))
     replaced = (asked["low_res"] != batch.low_res).flatten(1).all(1)

@@ -47,6 +47,7 @@ class LossConfig:
     regression: float = 0.0  # share of samples without noise, told sigma_max: they learn the mean (residual networks)
     perceptual: float = 0.0  # times LPIPS is added for samples with little noise; validation's loss is without
     perceptual_below: float = 0.3  # sigma of what counts as little
+    own_input: float = 0.0  # share of samples: little noise is added to the upsampled picture, as a sampler does it
     overshoot: float = 0.0  # by so much more an error counts beyond what the original holds near by; as perceptual
     lr_dropout: float = 0.07  # share of samples whose low resolution is replaced by noise
     direction: Literal["lt", "rb"] = "lt"
@@ -127,7 +128,8 @@ class TrainConfig:
             raise ValueError(f"optimizer.betas={list(self.optimizer.betas)}: they must be from 0 to below 1")
         of_data = ("direct", "mirror", "surrounded", "degraded", "softness", "mild")
         shares = {f"data.{key}": getattr(self.data, key) for key in of_data}
-        shares |= {f"loss.{key}": getattr(self.loss, key) for key in ("regression", "lr_dropout")}
+        shares |= {f"loss.{key}": getattr(self.loss, key) for key in ("regression", "own_input", "lr_dropout")}
+        shares["loss.regression + loss.own_input"] = self.loss.regression + self.loss.own_input
         shares |= {"optimizer.decay": self.optimizer.decay, "optimizer.ema": self.optimizer.ema}
         for key, value in shares.items():
             if not 0 <= value <= 1:

@@ -130,7 +130,10 @@ def training_loss(
     batch = looked_at(batch, network.scale, clip)  # CLIP is no way around the dropout
     mean_asked = regressed < config.regression
     sigma = torch.where(mean_asked, network.sigma_max, sigma)
-    noisy = torch.where(mean_asked[:, None, None, None], batch.upsampled, original + sigma[:, None, None, None] * noise)
+    little = (sigma < config.perceptual_below) & ~mean_asked
+    own = little & (regressed < config.regression + config.own_input)
+    start = torch.where((mean_asked | own)[:, None, None, None], batch.upsampled, original)
+    noisy = start + torch.where(mean_asked, 0, sigma)[:, None, None, None] * noise
     # One pair of offsets a batch, any that keep its positions clear of the table's wrap: up to 7 crops at 1024.
     largest = network.rope_side - crop // network.patch_size
     row, column = torch.randint(0, largest + 1, (2,), generator=generator, device=device).tolist()
@@ -138,12 +141,11 @@ def training_loss(
     if config.overshoot:
         outside = overshoot(denoised, original, 2 * network.scale).pow(config.power).flatten(1).mean(1)
         losses = losses + config.overshoot * _weight(config, network, batch, sigma) * outside
-    judged = (sigma < config.perceptual_below) & ~mean_asked
-    if lpips is not None and config.perceptual and judged.any():
+    if lpips is not None and config.perceptual and little.any():
         # Both move by some pixels: AlexNet looks every 4 px only, and what it doesn't see would always be the same.
         top, left = torch.randint(0, 4, (2,), generator=generator, device=device).tolist()
-        pair = (t[judged, :, top:, left:] / 2 + 0.5 for t in (denoised, original))
-        losses = losses.index_add(0, judged.nonzero()[:, 0], config.perceptual * lpips(*pair))
+        pair = (t[little, :, top:, left:] / 2 + 0.5 for t in (denoised, original))
+        losses = losses.index_add(0, little.nonzero()[:, 0], config.perceptual * lpips(*pair))
     return losses, sigma
 
 
