@@ -229,7 +229,7 @@ def test_lpips_counts_below_its_noise_level_alone(batch: Batch) -> None:
     with_it, _ = losses(config, lpips)
     judged = sigma < 0.3
     assert 0 < judged.sum() < len(judged)
-    assert torch.allclose(with_it, without + judged)
+    assert torch.allclose(with_it, without + judged * sigma / 0.3)
     ((x, original),) = seen
     assert len(x) == judged.sum() and x.shape == original.shape
     shown = few.original[judged] / 2 + 0.5

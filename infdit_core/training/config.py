@@ -45,7 +45,7 @@ class LossConfig:
     weight: Literal["edm", "unit", "v", "epsilon"] = "edm"
     power: int = 2  # of the error: 2 or 1
     regression: float = 0.0  # share of samples without noise, told sigma_max: they learn the mean (residual networks)
-    perceptual: float = 0.0  # times LPIPS is added for samples with little noise; validation's loss is without
+    perceptual: float = 0.0  # times sigma / perceptual_below LPIPS is added where noise is little, not in validation
     perceptual_below: float = 0.3  # sigma of what counts as little
     own_input: float = 0.0  # share of samples: little noise is added to the upsampled picture, as a sampler does it
     overshoot: float = 0.0  # by so much more an error counts beyond what the original holds near by; as perceptual

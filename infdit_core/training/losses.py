@@ -145,7 +145,9 @@ def training_loss(
         # Both move by some pixels: AlexNet looks every 4 px only, and what it doesn't see would always be the same.
         top, left = torch.randint(0, 4, (2,), generator=generator, device=device).tolist()
         pair = (t[little, :, top:, left:] / 2 + 0.5 for t in (denoised, original))
-        losses = losses.index_add(0, little.nonzero()[:, 0], config.perceptual * lpips(*pair))
+        # In proportion to sigma: where a schedule ends then says how far it goes from the mean to what looks right.
+        weight = config.perceptual * sigma[little] / config.perceptual_below
+        losses = losses.index_add(0, little.nonzero()[:, 0], weight * lpips(*pair))
     return losses, sigma
 
 
