@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infdit_core.diffusion import preconditioning
+from infdit_core.diffusion import edm, preconditioning
 from infdit_core.infdit import InfDiT, InfDiTConfig
 from infdit_core.infdit.config import Preconditioning
 from infdit_core.training.config import LossConfig
@@ -172,7 +172,9 @@ def test_own_input_starts_from_the_upsampled_picture_where_noise_is_little(batch
     assert sigma[own].max() < 0.3
     little = sigma < 0.3
     assert own.sum().item() / little.sum().item() == pytest.approx(0.5 / 0.75, abs=0.05)
-    assert torch.equal(own_losses, losses), "still compared with the original, by the same weight"
+    assert torch.equal(own_losses[~own], losses[~own])
+    error = batch.original[own].square().mean((1, 2, 3))  # still of the original, weighed as without noise
+    torch.testing.assert_close(own_losses[own], edm.loss_weight(torch.tensor(NETWORK.sigma_max), 0.5) * error)
 
 
 def test_lr_dropout_replaces_both_low_resolutions_by_clamped_noise(batch: Batch) -> None:

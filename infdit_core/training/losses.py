@@ -88,13 +88,17 @@ def loss_at(
     batch: Batch,
     sigma: Tensor,
     noisy: Tensor,
+    weight: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted loss (B,) of one evaluation at given noise levels (B,), and its answer. options: more for `denoise`."""
+    """Weighted loss (B,) of one evaluation at given noise levels (B,), and its answer.
+
+    weight: (B,), otherwise as configured for these levels. options: more for `denoise`.
+    """
     given = {"upsampled": batch.upsampled, "semantic": batch.semantic, "direction": config.direction}
     denoised = denoise(noisy, sigma, batch.low_res, **given, **options)
-    losses = denoising_loss(denoised, batch.original, _weight(config, network, batch, sigma), config.power)
-    return losses, denoised
+    weight = _weight(config, network, batch, sigma) if weight is None else weight
+    return denoising_loss(denoised, batch.original, weight, config.power), denoised
 
 
 def training_loss(
@@ -137,10 +141,12 @@ def training_loss(
     # One pair of offsets a batch, any that keep its positions clear of the table's wrap: up to 7 crops at 1024.
     largest = network.rope_side - crop // network.patch_size
     row, column = torch.randint(0, largest + 1, (2,), generator=generator, device=device).tolist()
-    losses, denoised = loss_at(denoise, network, config, batch, sigma, noisy, offset=(row, column))
+    # A sampler's own noisy picture says no more about the original than pure noise does.
+    weight = _weight(config, network, batch, torch.where(own, network.sigma_max, sigma))
+    losses, denoised = loss_at(denoise, network, config, batch, sigma, noisy, weight, offset=(row, column))
     if config.overshoot:
         outside = overshoot(denoised, original, 2 * network.scale).pow(config.power).flatten(1).mean(1)
-        losses = losses + config.overshoot * _weight(config, network, batch, sigma) * outside
+        losses = losses + config.overshoot * weight * outside
     if lpips is not None and config.perceptual and little.any():
         # Both move by some pixels: AlexNet looks every 4 px only, and what it doesn't see would always be the same.
         top, left = torch.randint(0, 4, (2,), generator=generator, device=device).tolist()
