@@ -30,7 +30,7 @@ class Preset:
         if self.start is None and self.steps == 1:
             return "the estimate alone"
         start = "the largest sigma" if self.start is None else f"sigma {self.start:g}"
-        steps = f"{self.steps} steps of {self.sampler} from {start}"
+        steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of {self.sampler} from {start}"
         steps += "" if self.end is None else f", the last from {self.end:g}"
         return steps if self.start is None else f"a first picture, then {steps}"
 
