@@ -126,6 +126,8 @@ def test_differences_name_what_changed() -> None:
         (["data.direct=1.5"], r"data\.direct=1\.5"),
         (["data.degraded=-0.1"], r"data\.degraded=-0\.1"),
         (["loss.lr_dropout=2"], r"loss\.lr_dropout=2"),
+        (["data.mild=1.5"], r"data\.mild=1\.5"),
+        (["loss.regression=0.5", "loss.own_input=0.75"], r"loss\.own_input=1\.25"),
         (["loss.power=3"], r"loss\.power=3"),
         (["loss.sigma_log_deviation=-1"], r"loss\.sigma_log_deviation=-1"),
         (["optimizer.learning_rate=0"], r"optimizer\.learning_rate=0"),

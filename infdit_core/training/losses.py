@@ -152,8 +152,8 @@ def training_loss(
         top, left = torch.randint(0, 4, (2,), generator=generator, device=device).tolist()
         pair = (t[little, :, top:, left:] / 2 + 0.5 for t in (denoised, original))
         # In proportion to sigma: where a schedule ends then says how far it goes from the mean to what looks right.
-        weight = config.perceptual * sigma[little] / config.perceptual_below
-        losses = losses.index_add(0, little.nonzero()[:, 0], weight * lpips(*pair))
+        strength = config.perceptual * sigma[little] / config.perceptual_below
+        losses = losses.index_add(0, little.nonzero()[:, 0], strength * lpips(*pair))
     return losses, sigma
 
 

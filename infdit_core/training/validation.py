@@ -44,13 +44,13 @@ def held_crops(
         "degraded": config.degraded * (1 - config.mild),
         "mild": config.degraded * config.mild,
     }
-    some = {answer: torch.tensor([answer], device=device) for answer in (False, True)}
+    flag = {value: torch.tensor([value], device=device) for value in (False, True)}
     held = []
     for number, picture in enumerate(pictures):
         crop = torch.from_numpy(Crops([picture], side, upright, seed=0)[0].pixels).permute(2, 0, 1)[None].to(device)
         generator = torch.Generator(device).manual_seed(number)
         batches = {
-            kind: reduce(crop, scale, 0, some[kind != "clean"], some[kind == "mild"], config.softness, generator)
+            kind: reduce(crop, scale, 0, flag[kind != "clean"], flag[kind == "mild"], config.softness, generator)
             for kind, share in shares.items()
             if share > 0
         }
