@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--preset", default="balanced", help="for --semantics (balanced)")
     _semantic_options(sub)
     _device_options(sub)
-    sub.add_argument("--lpips", type=Path, metavar="FILE", help="AlexNet LPIPS weights; without, no LPIPS")
+    sub.add_argument("--lpips", type=Path, metavar="FILE", help="LPIPS weights, of AlexNet or VGG16; without, no LPIPS")
     text = "pixels from block border to block border, of both grids, for the seam energy (16, the default weights')"
     sub.add_argument("--block", type=int, default=16, help=text)
     sub.add_argument("--json", action="store_true")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,21 +67,43 @@ def seam_energy(x: Tensor, block: int, grid: int = 4) -> float:
 Lpips = Callable[[Tensor, Tensor], Tensor]  # pictures (B, 3, H, W) in 0..1, twice -> distances (B,)
 
 
-def load_lpips(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Lpips:
-    """LPIPS v0.1 on AlexNet (arXiv 1801.03924, eq. 1), a distance that gradients pass.
+class _Convolution(NamedTuple):
+    number: int  # in torchvision's network
+    padding: int = 1
+    stride: int = 1
+    pooled: int = 0  # window of the maximum taken before it, every 2 px
+    judged: bool = True  # has a head
 
-    path: a file with AlexNet's `features.N.weight|bias` (torchvision's numbers) and the heads' `linN.model.1.weight`.
-    Written out here because the package lpips needs torchvision, which has no build beside a CPU-only torch.
-    Raises WeightsError for an unusable file.
+
+_ALEXNET = (
+    _Convolution(0, padding=2, stride=4),
+    _Convolution(3, padding=2, pooled=3),
+    _Convolution(6, pooled=3),
+    _Convolution(8),
+    _Convolution(10),
+)
+_VGG16 = tuple(
+    _Convolution(first + 2 * i, pooled=2 if i == 0 and first else 0, judged=i == count - 1)
+    for first, count in ((0, 2), (5, 2), (10, 3), (17, 3), (24, 3))
+    for i in range(count)
+)
+
+
+def load_lpips(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Lpips:
+    """LPIPS v0.1 on AlexNet or VGG16 (arXiv 1801.03924, eq. 1), a distance that gradients pass.
+
+    path: a file with the network's `features.N.weight|bias` (torchvision's numbers) and the heads'
+    `linN.model.1.weight`. Written out here because the package lpips needs torchvision, which has no build beside a
+    CPU-only torch. Raises WeightsError for an unusable file.
     """
     file = open_weights(path)
-    # (index in torchvision's AlexNet, stride, padding, max-pooled before)
-    convolutions = [(0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False)]
-    names = [f"features.{n}.{part}" for n, *_ in convolutions for part in ("weight", "bias")]
-    names += [f"lin{i}.model.1.weight" for i in range(len(convolutions))]
+    # Only VGG16 has a convolution there.
+    network, convolutions = ("VGG16", _VGG16) if "features.2.weight" in file.shapes else ("AlexNet", _ALEXNET)
+    names = [f"features.{layer.number}.{part}" for layer in convolutions for part in ("weight", "bias")]
+    names += [f"lin{i}.model.1.weight" for i in range(5)]
     missing = [name for name in names if name not in file.shapes]
     if missing:
-        raise WeightsError(f"{file.path} is no LPIPS file for AlexNet: it lacks {missing[0]}")
+        raise WeightsError(f"{file.path} is no LPIPS file for {network}: it lacks {missing[0]}")
     weights = {name: file.read(name).to(device, torch.float32) for name in names}
     shift = torch.tensor([-0.030, -0.088, -0.188], device=device)[:, None, None]
     deviation = torch.tensor([0.458, 0.448, 0.450], device=device)[:, None, None]
@@ -88,18 +111,19 @@ def load_lpips(path: str | os.PathLike[str], device: torch.device | str = "cpu")
     def features(x: Tensor) -> list[Tensor]:
         x = (x * 2 - 1 - shift) / deviation
         levels = []
-        for n, stride, padding, pooled in convolutions:
+        for number, padding, stride, pooled, judged in convolutions:
             if pooled:
-                x = F.max_pool2d(x, 3, 2)
-            weight, bias = weights[f"features.{n}.weight"], weights[f"features.{n}.bias"]
+                x = F.max_pool2d(x, pooled, 2)
+            weight, bias = weights[f"features.{number}.weight"], weights[f"features.{number}.bias"]
             x = F.relu(F.conv2d(x, weight, bias, stride, padding))
-            levels.append(x / (x.square().sum(1, keepdim=True) + 1e-20).sqrt())
+            if judged:
+                levels.append(x / (x.square().sum(1, keepdim=True) + 1e-20).sqrt())
         return levels
 
     def distance(x: Tensor, original: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # small differences, in fp32 while training too
             pairs = zip(features(x.float()), features(original.float()), strict=True)
-            heads = (weights[f"lin{i}.model.1.weight"] for i in range(len(convolutions)))
+            heads = (weights[f"lin{i}.model.1.weight"] for i in range(5))
             each = [F.conv2d((a - b).square(), head).mean((1, 2, 3)) for (a, b), head in zip(pairs, heads, strict=True)]
         return torch.stack(each).sum(0)
 

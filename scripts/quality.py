@@ -23,7 +23,7 @@ from infdit_core.metrics import load_lpips, psnr_y, seam_energy, ssim_y
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("originals", type=Path)
-parser.add_argument("--lpips", type=Path, help="AlexNet LPIPS weights")
+parser.add_argument("--lpips", type=Path, help="LPIPS weights, of AlexNet or VGG16")
 parser.add_argument("--model", type=Path, help="weights file (the shipped default)")
 parser.add_argument("--presets", nargs="*", default=["faithful", "balanced", "detailed"])
 parser.add_argument("--scale", type=int, default=4)

@@ -30,7 +30,7 @@ def sampler_steps(text: str) -> tuple[str, int]:
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("originals", type=Path)
-parser.add_argument("--lpips", type=Path, required=True, help="AlexNet LPIPS weights")
+parser.add_argument("--lpips", type=Path, required=True, help="LPIPS weights, of AlexNet or VGG16")
 parser.add_argument("--model", type=Path, help="weights file (the shipped default)")
 parser.add_argument("--starts", nargs="*", type=float, default=[0.4, 0.8, 1.2])
 parser.add_argument("--ends", nargs="*", type=float, default=[0.08, 0.12, 0.2], help="where the last step begins")

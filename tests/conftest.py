@@ -1,6 +1,6 @@
 """What several test files share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -95,15 +95,29 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def alexnet() -> dict[str, Tensor]:
-    """Random weights in the layout of an LPIPS file; not to be changed."""
+def of_lpips(shapes: dict[int, tuple[int, int, int]], judged: Sequence[int]) -> dict[str, Tensor]:
+    """Random weights in the layout of an LPIPS file. shapes: channels out, in, and side, by number."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
     weights = {}
-    for i, (n, (out, into, side)) in enumerate(shapes.items()):
+    for n, (out, into, side) in shapes.items():
         kernel = torch.randn(out, into, side, side, generator=generator)
         weights[f"features.{n}.weight"] = kernel * (2 / (into * side**2)) ** 0.5
         weights[f"features.{n}.bias"] = torch.zeros(out)
-        weights[f"lin{i}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
+    for i, n in enumerate(judged):
+        weights[f"lin{i}.model.1.weight"] = torch.rand(1, shapes[n][0], 1, 1, generator=generator)
     return weights
+
+
+@pytest.fixture(scope="session")
+def alexnet() -> dict[str, Tensor]:
+    """Not to be changed, as the next."""
+    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    return of_lpips(shapes, list(shapes))
+
+
+@pytest.fixture(scope="session")
+def vgg16() -> dict[str, Tensor]:
+    numbers = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    channels = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    shapes = {n: (channels[i + 1], channels[i], 3) for i, n in enumerate(numbers)}
+    return of_lpips(shapes, [2, 7, 14, 21, 28])

@@ -106,6 +106,17 @@ def checkers() -> Image.Image:
     return Image.fromarray(levels).convert("RGB")
 
 
+def grass(draw: Draw) -> None:
+    """Blades about as wide as a pixel of the low resolution and less."""
+    random = np.random.default_rng(0)
+    for _ in range(1800):
+        x, y, lean, height = random.uniform((-40, 0, -60, 60), (552, 600, 60, 200))
+        light = random.uniform(0.3, 1.3)
+        colour = tuple(int(light * c) for c in random.normal((100, 135, 50), 12).clip(0, 190))
+        tip = (x + lean, y - height)
+        draw.line([(x, y), (x + lean / 4, y - height / 2), tip], colour, int(random.integers(4, 14)), joint="curve")
+
+
 ORIGINALS: dict[str, Callable[[], Image.Image]] = {
     "flat": lambda: Image.new("RGB", (SMALL, SMALL), (118, 171, 226)),
     "sky": lambda: ramps((105, 30, 0), (160, 25, 0), (225, 15, 0)),
@@ -116,6 +127,7 @@ ORIGINALS: dict[str, Callable[[], Image.Image]] = {
     "line art": lambda: drawn(SMALL, (220, 220, 220), line_art, finer=4),
     "diagonals": lambda: drawn(SMALL, (50, 50, 50), diagonals, finer=4),
     "screenshot": lambda: drawn(LARGE, (70, 130, 130), screenshot),
+    "grass": lambda: drawn(LARGE, (60, 80, 30), grass, finer=4),
     "checkers": checkers,
 }
 SMOOTH = ("flat", "sky", "gradient")
@@ -181,6 +193,13 @@ def far_from_edges(x: Tensor) -> Tensor:
 def border_steps(deviation: Tensor) -> list[Tensor]:
     """(1, 3, along, borders) for either direction: steps across the borders of both grids."""
     return [t.diff(dim=3)[..., BLOCK // 2 - 1 :: BLOCK // 2] for t in (deviation, deviation.transpose(2, 3))]
+
+
+def weave(x: Tensor) -> float:
+    """How much more it bends at one place within the network's patches of 4 px than at another."""
+    bends = [rows.diff(n=2, dim=2).square().mean((0, 1, 3)) for rows in (x, x.transpose(2, 3))]
+    places = [bend[3:-3].unflatten(0, (-1, 4)).mean(0) for bend in bends]
+    return max(float(place.max() / place.min()) for place in places)
 
 
 # --- the tests

@@ -55,9 +55,10 @@ def test_seams_show_and_plain_noise_does_not() -> None:
         seam_energy(x[..., :32, :32], 32)
 
 
-def test_lpips_is_a_distance_that_gradients_pass(tmp_path: Path, alexnet: dict[str, Tensor]) -> None:
-    save_file(alexnet, tmp_path / "alex.safetensors")
-    lpips = load_lpips(tmp_path / "alex.safetensors")
+@pytest.mark.parametrize("network", ["alexnet", "vgg16"])
+def test_lpips_is_a_distance_that_gradients_pass(network: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    save_file(request.getfixturevalue(network), tmp_path / "lpips.safetensors")
+    lpips = load_lpips(tmp_path / "lpips.safetensors")
     x = torch.cat([noise(), noise(1)])
     near, far = x + 0.05 * torch.cat([noise(2), noise(3)]), 1 - x
     assert torch.equal(lpips(x, x), torch.zeros(2))
@@ -68,8 +69,10 @@ def test_lpips_is_a_distance_that_gradients_pass(tmp_path: Path, alexnet: dict[s
     assert flat.grad is not None and flat.grad.isfinite().all()
 
 
-def test_lpips_wants_its_own_file(tmp_path: Path, alexnet: dict[str, Tensor]) -> None:
-    short = {name: weight for name, weight in alexnet.items() if name != "lin3.model.1.weight"}
+@pytest.mark.parametrize(("network", "name"), [("alexnet", "AlexNet"), ("vgg16", "VGG16")])
+def test_lpips_wants_its_own_file(network: str, name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    whole = request.getfixturevalue(network)
+    short = {key: weight for key, weight in whole.items() if key != "lin3.model.1.weight"}
     save_file(short, tmp_path / "short.safetensors")
-    with pytest.raises(WeightsError, match="lin3"):
+    with pytest.raises(WeightsError, match=f"{name}.*lin3"):
         load_lpips(tmp_path / "short.safetensors")

@@ -102,7 +102,7 @@ class TrainConfig:
     keep: int = 2  # newest checkpoints that stay; the best one always does
     pictures: int = 4  # at most so many in the picture of samples
     presets: list[str] = field(default_factory=lambda: ["faithful", "balanced"])  # measured when validating
-    lpips: str = ""  # file of AlexNet LPIPS weights; without, no LPIPS
+    lpips: str = ""  # file of LPIPS weights, of AlexNet or VGG16; without, no LPIPS
     wandb: str = ""  # project; without, no Weights & Biases
 
     def check(self) -> None:
