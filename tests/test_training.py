@@ -959,6 +959,28 @@ def test_validation_measures_every_kind_at_three_levels(whole: Path) -> None:
     assert len({row["degraded_bicubic_psnr_y"] for row in found}) == 1
 
 
+def test_validation_asks_what_training_asks(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "load_lpips", lambda path, device: lambda a, b: torch.full((len(a),), 0.125))
+    arguments = [*tiny, *PLAIN, "steps=1", "data.crop=64", "lpips=alex.safetensors", "loss.perceptual_below=0.2"]
+    of_loss = {"plain": [], "all": ["loss.perceptual=4", "loss.own_input=0.5"]}
+    found = {}
+    for name, more in of_loss.items():
+        train(*arguments, *more, "optimizer.learning_rate=1e-9", f"out={tmp_path / name}")
+        (row,) = rows(tmp_path / name / "validation.csv")
+        found[name] = {key: float(value) for key, value in row.items() if "_loss_" in key}
+    low, middle, high = (np.exp(-2.4 + 1.2 * z) for z in (-1, 0, 1))
+    assert low < middle < 0.2 < high
+    for level in (low, middle):
+        plain, judged, own = (
+            found[run][f"{kind}_loss_{level:.3g}"]
+            for run, kind in (("plain", "clean"), ("all", "clean"), ("all", "clean_own"))
+        )
+        assert judged > plain + 4 * level / 0.2 * 0.125
+        assert own != judged
+    assert found["all"].keys() - found["plain"].keys() == {f"clean_own_loss_{x:.3g}" for x in (low, middle)}
+    assert found["all"][f"clean_loss_{high:.3g}"] == found["plain"][f"clean_loss_{high:.3g}"]
+
+
 def test_samples_are_rows_of_lr_bicubic_presets_and_original(whole: Path) -> None:
     assert sorted(path.name for path in (whole / "samples").iterdir()) == [f"step-{s:08d}.png" for s in (8, 16, 20)]
     side = 48 + 2 * 16

@@ -88,17 +88,33 @@ def loss_at(
     batch: Batch,
     sigma: Tensor,
     noisy: Tensor,
-    weight: Tensor | None = None,
+    own: Tensor | bool = False,
+    lpips: Lpips | None = None,
+    shift: tuple[int, int] = (0, 0),
     **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Weighted loss (B,) of one evaluation at given noise levels (B,), and its answer.
+) -> Tensor:
+    """Loss (B,) of one evaluation at given noise levels (B,).
 
-    weight: (B,), otherwise as configured for these levels. options: more for `denoise`.
+    own: (B,) where the noise is on the upsampled picture. lpips: for config.perceptual; both pictures move by `shift`
+    pixels before it. options: more for `denoise`.
     """
     given = {"upsampled": batch.upsampled, "semantic": batch.semantic, "direction": config.direction}
-    denoised = denoise(noisy, sigma, batch.low_res, **given, **options)
-    weight = _weight(config, network, batch, sigma) if weight is None else weight
-    return denoising_loss(denoised, batch.original, weight, config.power), denoised
+    denoised, original = denoise(noisy, sigma, batch.low_res, **given, **options), batch.original
+    # A sampler's own noisy picture says no more about the original than pure noise does.
+    told = torch.where(torch.as_tensor(own, device=sigma.device), network.sigma_max, sigma)
+    weight = _weight(config, network, batch, told)
+    losses = denoising_loss(denoised, original, weight, config.power)
+    if config.overshoot:
+        outside = overshoot(denoised, original, 2 * network.scale).pow(config.power).flatten(1).mean(1)
+        losses = losses + config.overshoot * weight * outside
+    little = sigma < min(config.perceptual_below, network.sigma_max)
+    if lpips is not None and config.perceptual and little.any():
+        top, left = shift
+        pair = (t[little, :, top:, left:] / 2 + 0.5 for t in (denoised, original))
+        # In proportion to sigma: where a schedule ends then says how far it goes from the mean to what looks right.
+        strength = config.perceptual * sigma[little] / config.perceptual_below
+        losses = losses.index_add(0, little.nonzero()[:, 0], strength * lpips(*pair))
+    return losses
 
 
 def training_loss(
@@ -141,19 +157,9 @@ def training_loss(
     # One pair of offsets a batch, any that keep its positions clear of the table's wrap: up to 7 crops at 1024.
     largest = network.rope_side - crop // network.patch_size
     row, column = torch.randint(0, largest + 1, (2,), generator=generator, device=device).tolist()
-    # A sampler's own noisy picture says no more about the original than pure noise does.
-    weight = _weight(config, network, batch, torch.where(own, network.sigma_max, sigma))
-    losses, denoised = loss_at(denoise, network, config, batch, sigma, noisy, weight, offset=(row, column))
-    if config.overshoot:
-        outside = overshoot(denoised, original, 2 * network.scale).pow(config.power).flatten(1).mean(1)
-        losses = losses + config.overshoot * weight * outside
-    if lpips is not None and config.perceptual and little.any():
-        # Both move by some pixels: AlexNet looks every 4 px only, and what it doesn't see would always be the same.
-        top, left = torch.randint(0, 4, (2,), generator=generator, device=device).tolist()
-        pair = (t[little, :, top:, left:] / 2 + 0.5 for t in (denoised, original))
-        # In proportion to sigma: where a schedule ends then says how far it goes from the mean to what looks right.
-        strength = config.perceptual * sigma[little] / config.perceptual_below
-        losses = losses.index_add(0, little.nonzero()[:, 0], strength * lpips(*pair))
+    # AlexNet looks every 4 px only, and what it doesn't see would always be the same.
+    top, left = torch.randint(0, 4, (2,), generator=generator, device=device).tolist()
+    losses = loss_at(denoise, network, config, batch, sigma, noisy, own, lpips, shift=(top, left), offset=(row, column))
     return losses, sigma
 
 

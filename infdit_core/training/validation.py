@@ -68,8 +68,8 @@ def validate(
 ) -> Iterator[tuple[dict[str, float], list[Tensor]]]:
     """Of every held crop in turn: its figures, and pictures (LR, bicubic, one a preset, original) in 0..1.
 
-    Loss: at three noise levels, one deviation apart; PSNR-Y in dB and LPIPS of each preset, beside bicubic. While the
-    predictor is trained: its loss and its picture in their place.
+    Loss: as trained, at three noise levels, one deviation apart; PSNR-Y in dB and LPIPS of each preset, beside bicubic.
+    While the predictor is trained: its loss and its picture in their place.
     """
     loss = config.loss
     levels = [math.exp(loss.sigma_log_mean + loss.sigma_log_deviation * z) for z in (-1, 0, 1)]
@@ -86,10 +86,10 @@ def validate(
                 noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(5)).to(original.device)
                 for level in levels:
                     sigma = torch.full((1,), min(level, network.config.sigma_max), device=original.device)
-                    noisy = batch.original + sigma * noise
-                    figures[f"{kind}_loss_{level:.3g}"] = float(
-                        loss_at(network.denoise, network.config, loss, batch, sigma, noisy)[0]
-                    )
+                    for own in (False, True) if loss.own_input and level < loss.perceptual_below else (False,):
+                        noisy = (batch.upsampled if own else batch.original) + sigma * noise
+                        value = loss_at(network.denoise, network.config, loss, batch, sigma, noisy, own, lpips)
+                        figures[f"{kind}{'_own' if own else ''}_loss_{level:.3g}"] = float(value)
                 low_res = batch.low_res.permute(0, 2, 3, 1) / 2 + 0.5
                 for preset in config.presets:
                     large = upscale(
