@@ -961,7 +961,7 @@ def test_validation_measures_every_kind_at_three_levels(whole: Path) -> None:
 
 def test_validation_asks_what_training_asks(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "load_lpips", lambda path, device: lambda a, b: torch.full((len(a),), 0.125))
-    arguments = [*tiny, *PLAIN, "steps=1", "data.crop=64", "lpips=alex.safetensors", "loss.perceptual_below=0.2"]
+    arguments = [*tiny, *PLAIN, "steps=1", "data.crop=64", "lpips=[alex.safetensors]", "loss.perceptual_below=0.2"]
     of_loss = {"plain": [], "all": ["loss.perceptual=4", "loss.own_input=0.5"]}
     found = {}
     for name, more in of_loss.items():
@@ -995,7 +995,7 @@ def test_samples_are_rows_of_lr_bicubic_presets_and_original(whole: Path) -> Non
 
 def test_so_many_pictures_as_asked_for(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "load_lpips", lambda path, device: lambda a, b: torch.full((len(a),), 0.125))
-    arguments = [*tiny, *PLAIN, "data.held=3", "steps=1", "presets=[faithful,balanced]", "lpips=alex.safetensors"]
+    arguments = [*tiny, *PLAIN, "data.held=3", "steps=1", "presets=[faithful,balanced]", "lpips=[alex.safetensors]"]
     arguments += ["network.presets.balanced.steps=2", "network.presets.balanced.start=0.1"]
     train(*arguments, f"out={tmp_path / 'two'}", "pictures=2")
     with Image.open(tmp_path / "two" / "samples" / "step-00000001.png") as image:

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from infdit_core.diffusion import edm, preconditioning
 from infdit_core.infdit import InfDiT, InfDiTConfig
 from infdit_core.infdit.config import Preconditioning
+from infdit_core.metrics import Lpips
 from infdit_core.training.config import LossConfig
 from infdit_core.training.data import Batch
 from infdit_core.training.losses import (
@@ -223,21 +224,23 @@ def test_lpips_counts_below_its_noise_level_alone(batch: Batch) -> None:
         seen.append((x, original))
         return torch.full((len(x),), 0.5)
 
-    def losses(config: LossConfig, judge: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
-        return training_loss(Recorder(), NETWORK, config, few, torch.Generator().manual_seed(1), None, judge)
+    def losses(config: LossConfig, judges: Sequence[Lpips]) -> tuple[Tensor, Tensor]:
+        return training_loss(Recorder(), NETWORK, config, few, torch.Generator().manual_seed(1), None, judges)
 
-    without, sigma = losses(replace(config, perceptual=0.0), lpips)
+    without, sigma = losses(replace(config, perceptual=0.0), [lpips])
     assert not seen
-    with_it, _ = losses(config, lpips)
+    with_it, _ = losses(config, [lpips])
+    with_two, _ = losses(config, [lpips, lambda x, original: torch.full((len(x),), 0.25)])
     judged = sigma < 0.3
     assert 0 < judged.sum() < len(judged)
     assert torch.allclose(with_it, without + judged * sigma / 0.3)
-    ((x, original),) = seen
+    assert torch.allclose(with_two, without + judged * 1.5 * sigma / 0.3)
+    x, original = seen[0]
     assert len(x) == judged.sum() and x.shape == original.shape
     shown = few.original[judged] / 2 + 0.5
     top, left = (4 - side for side in original.shape[2:])
     assert torch.equal(original, shown[:, :, top:, left:]) and torch.all(x == 0.5), "pictures in 0..1"
-    assert torch.equal(losses(config, None)[0], without)
+    assert torch.equal(losses(config, [])[0], without)
 
 
 def test_overshoot_is_what_lies_beyond_the_surroundings() -> None:

@@ -102,7 +102,8 @@ class TrainConfig:
     keep: int = 2  # newest checkpoints that stay; the best one always does
     pictures: int = 4  # at most so many in the picture of samples
     presets: list[str] = field(default_factory=lambda: ["faithful", "balanced"])  # measured when validating
-    lpips: str = ""  # file of LPIPS weights, of AlexNet or VGG16; without, no LPIPS
+    lpips: list[str] = field(default_factory=list)  # files of LPIPS weights, of AlexNet or VGG16: pictures are measured
+    # by the first, loss.perceptual counts the sum
     wandb: str = ""  # project; without, no Weights & Biases
 
     def check(self) -> None:
@@ -138,7 +139,7 @@ class TrainConfig:
         if self.loss.power not in (1, 2):
             raise ValueError(f"loss.power={self.loss.power}: it must be 1 or 2")
         if self.loss.perceptual and not self.lpips:
-            raise ValueError("loss.perceptual needs the weights of LPIPS: say lpips=FILE")
+            raise ValueError("loss.perceptual needs the weights of LPIPS: say lpips=[FILE]")
         if self.loss.perceptual and self.data.crop < 34:
             raise ValueError(f"data.crop={self.data.crop}: loss.perceptual needs at least 34, for what LPIPS looks at")
         if self.network is None and not self.start_from:

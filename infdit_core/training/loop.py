@@ -114,7 +114,7 @@ def train(config: TrainConfig) -> Path | None:
         if newest := checkpoints.newest(out / "checkpoints"):
             state.restore(newest, fabric)
             _say(fabric, f"going on from step {state.step}")
-        lpips = load_lpips(config.lpips, fabric.device) if config.lpips else None
+        lpips = [load_lpips(file, fabric.device) for file in config.lpips]
         clip = _clip(config, network.config, fabric.device)
         held = held_crops(pictures.validation, pictures.side, network.config.scale, config.data, fabric.device, clip)
         log = Log(out, state.step, config.wandb, asdict(config)) if fabric.is_global_zero else None
@@ -439,7 +439,7 @@ def _step(
     batches: Iterator[tuple[Batch, torch.Generator]],
     fabric: Fabric,
     clip: Clip | None = None,
-    lpips: Lpips | None = None,
+    lpips: Sequence[Lpips] = (),
 ) -> float:
     """One step of the optimisers; returns the gradient's norm."""
     for optimizer in state.optimizers:
@@ -524,7 +524,7 @@ def _validate(
     state: State,
     held: Sequence[Held],
     config: TrainConfig,
-    lpips: Lpips | None,
+    lpips: Sequence[Lpips],
     fabric: Fabric,
     log: Log | None,
 ) -> float:
@@ -555,7 +555,7 @@ def _test(
     weights: Path,
     pictures: Sequence[PictureFile],
     config: TrainConfig,
-    lpips: Lpips | None,
+    lpips: Sequence[Lpips],
     clip: Clip | None,
     fabric: Fabric,
     log: Log,

@@ -1,7 +1,7 @@
 """The denoising loss: what the network is asked in training, and how an answer weighs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -89,7 +89,7 @@ def loss_at(
     sigma: Tensor,
     noisy: Tensor,
     own: Tensor | bool = False,
-    lpips: Lpips | None = None,
+    lpips: Sequence[Lpips] = (),
     shift: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> Tensor:
@@ -108,12 +108,12 @@ def loss_at(
         outside = overshoot(denoised, original, 2 * network.scale).pow(config.power).flatten(1).mean(1)
         losses = losses + config.overshoot * weight * outside
     little = sigma < min(config.perceptual_below, network.sigma_max)
-    if lpips is not None and config.perceptual and little.any():
+    if lpips and config.perceptual and little.any():
         top, left = shift
-        pair = (t[little, :, top:, left:] / 2 + 0.5 for t in (denoised, original))
+        pair = [t[little, :, top:, left:] / 2 + 0.5 for t in (denoised, original)]
         # In proportion to sigma: where a schedule ends then says how far it goes from the mean to what looks right.
         strength = config.perceptual * sigma[little] / config.perceptual_below
-        losses = losses.index_add(0, little.nonzero()[:, 0], strength * lpips(*pair))
+        losses = losses.index_add(0, little.nonzero()[:, 0], strength * sum(judge(*pair) for judge in lpips))
     return losses
 
 
@@ -124,7 +124,7 @@ def training_loss(
     batch: Batch,
     generator: torch.Generator,
     clip: Clip | None = None,
-    lpips: Lpips | None = None,
+    lpips: Sequence[Lpips] = (),
 ) -> tuple[Tensor, Tensor]:
     """Loss (B,) at random noise levels, and these (B,), sigma_max where a sample was without noise.
 

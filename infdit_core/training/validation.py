@@ -64,7 +64,7 @@ def validate(
     network: InfDiT,
     config: TrainConfig,
     held: Sequence[Held],
-    lpips: Lpips | None,
+    lpips: Sequence[Lpips],
 ) -> Iterator[tuple[dict[str, float], list[Tensor]]]:
     """Of every held crop in turn: its figures, and pictures (LR, bicubic, one a preset, original) in 0..1.
 
@@ -98,8 +98,8 @@ def validate(
                     results[preset] = large.permute(0, 3, 1, 2)
             for name, result in results.items():
                 figures[f"{kind}_{name}_psnr_y"] = psnr_y(result, original)
-                if lpips is not None:
-                    figures[f"{kind}_{name}_lpips"] = float(lpips(result, original))
+                if lpips:
+                    figures[f"{kind}_{name}_lpips"] = float(lpips[0](result, original))
             nearest = torch.nn.functional.interpolate(batch.low_res / 2 + 0.5, size=original.shape[2:])
             pictures += [nearest, *results.values(), original]
         yield figures, pictures
@@ -116,7 +116,7 @@ def test(
     weights: Path,
     pictures: Sequence[PictureFile],
     presets: Sequence[str],
-    lpips: Lpips | None,
+    lpips: Sequence[Lpips],
     device: torch.device,
     clip: Clip | None = None,
 ) -> Iterator[tuple[str, dict[str, float]]]:
@@ -146,6 +146,6 @@ def test(
             eight_bit = (result.cpu() * 255).round() / 255
             figures[f"{name}_psnr_y"] = psnr_y(eight_bit, original)
             figures[f"{name}_ssim_y"] = ssim_y(eight_bit, original)
-            if lpips is not None:
-                figures[f"{name}_lpips"] = float(lpips(eight_bit.to(device), original.to(device)))
+            if lpips:
+                figures[f"{name}_lpips"] = float(lpips[0](eight_bit.to(device), original.to(device)))
         yield picture.name, figures
