@@ -107,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     _semantic_options(sub)
     _device_options(sub)
     sub.add_argument("--lpips", type=Path, metavar="FILE", help="LPIPS weights, of AlexNet or VGG16; without, no LPIPS")
-    text = "pixels from block border to block border, of both grids, for the seam energy (16, the default weights')"
-    sub.add_argument("--block", type=int, default=16, help=text)
+    text = "pixels of a block's side, for the seam energy of two grids of blocks (32, the default weights')"
+    sub.add_argument("--block", type=int, default=32, help=text)
     sub.add_argument("--json", action="store_true")
 
     sub = command("train", _train, "train on folders of pictures")
@@ -429,8 +429,11 @@ _Measurer = Callable[[Tensor, Tensor], dict[str, float]]  # of two (1, 3, H, W) 
 
 
 def _measure(options: argparse.Namespace) -> _Measurer:
+    from .evaluation import grids
+    from .infdit.config import InfDiTConfig
     from .metrics import load_lpips, psnr_y, seam_energy, ssim_y
 
+    befores = grids(InfDiTConfig(block_size=options.block, grids=2))
     lpips = load_lpips(options.lpips) if options.lpips else None
 
     def measure(x: Tensor, original: Tensor) -> dict[str, float]:
@@ -438,7 +441,7 @@ def _measure(options: argparse.Namespace) -> _Measurer:
             "psnr_y": psnr_y(x, original),
             "ssim_y": ssim_y(x, original),
             **({"lpips": float(lpips(x, original))} if lpips else {}),
-            "seam_energy": seam_energy(x, options.block),
+            "seam_energy": seam_energy(x, options.block, befores),
         }
 
     return measure

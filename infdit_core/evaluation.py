@@ -22,27 +22,35 @@ log = logging.getLogger(__name__)
 
 TileSize = Literal["auto"] | tuple[int, int] | int | None
 
-# A block looks to the left and up only, and in a small network that leaves a faint trace at its other borders. Then
-# there are two grids of blocks: one begins at the picture's corner, the other half a block before.
-GRIDS = (0.0, 0.5)  # how much of a block comes before the picture
+
+def grids(config: InfDiTConfig) -> list[int]:
+    """Pixels of a block that come before the picture, for each grid of blocks.
+
+    A block looks to the left and up only, and in a small network that leaves a faint trace at its other borders; nor do
+    its patches quite fit each other. Then there are two grids: one begins at the picture's corner, the other half a
+    block and half a patch before, and where the one has its borders, the other counts.
+    """
+    return [0, (config.block_size + config.patch_size) // 2][: config.grids]
 
 
-def block_grid(size: tuple[int, int], config: InfDiTConfig, grid: float | None = None) -> tuple[int, int]:
+def block_grid(size: tuple[int, int], config: InfDiTConfig, before: int | None = None) -> tuple[int, int]:
     """Rows and columns of blocks for a low resolution of (height, width); of the largest grid if none is named."""
-    side = config.block_size // config.scale
-    before = max(GRIDS[: config.grids]) if grid is None else grid
-    return math.ceil(size[0] / side + before), math.ceil(size[1] / side + before)
+    before = max(grids(config)) if before is None else before
+    height, width = (math.ceil((side * config.scale + before) / config.block_size) for side in size)
+    return height, width
 
 
-def far_from_borders(like: Tensor, block: int) -> Tensor:
-    """(H, W) weights of the second grid against the first: 0 at the borders of its blocks, 1 at the first's."""
+def share_of_second(size: tuple[int, int], config: InfDiTConfig) -> Tensor:
+    """(H, W): how much the second grid counts, little near borders of its blocks and patches, much near the first's."""
 
-    def inside(length: int) -> Tensor:
-        return torch.sin((torch.arange(length, device=like.device) % block + 0.5) * (math.pi / block)).square()
+    def ratio(length: int) -> Tensor:
+        first, second = (
+            torch.sin(at / config.block_size).abs() * torch.sin(at / config.patch_size).square()
+            for at in ((torch.arange(length) + before + 0.5) * math.pi for before in grids(config))
+        )
+        return first / second
 
-    rows, cols = inside(like.shape[2])[:, None], inside(like.shape[3])
-    first, second = rows * cols, (1 - rows) * (1 - cols)
-    return second / (first + second)
+    return 1 / (1 + ratio(size[0])[:, None] * ratio(size[1]))
 
 
 # Times what the low resolution has around beyond its rounding, and so much where that is smooth: of held photographs'
@@ -177,19 +185,19 @@ def denoise(
     Where memory runs out, the plan becomes smaller.
     on_tile counts the tiles of all grids. Returns the estimate, shaped as noisy; raises MemoryError where no plan fits.
     """
-    grids = GRIDS[: model.config.grids]
+    befores = grids(model.config)
 
-    def report(before: int, progress: Progress) -> None:
+    def report(number: int, progress: Progress) -> None:
         if on_tile is not None:
-            done, total = before * progress.total + progress.done, len(grids) * progress.total
+            done, total = number * progress.total + progress.done, len(befores) * progress.total
             on_tile(Progress(done, total, progress.estimate))
 
     first, *others = (
-        _denoise_on_grid(model, memory, noisy, sigma, low_res, upsampled, grid, semantic, partial(report, number))
-        for number, grid in enumerate(grids)
+        _denoise_on_grid(model, memory, noisy, sigma, low_res, upsampled, before, semantic, partial(report, number))
+        for number, before in enumerate(befores)
     )
-    for other in others:  # where the one has its borders, the other counts
-        first.lerp_(other, far_from_borders(first, model.config.block_size))
+    for other in others:
+        first.lerp_(other, share_of_second((first.shape[2], first.shape[3]), model.config).to(first))
     if model.config.parametrisation == "residual":
         keep_to(low_res, first)
     return first
@@ -202,21 +210,19 @@ def _denoise_on_grid(
     sigma: Tensor,
     low_res: Tensor,
     upsampled: Tensor,
-    grid: float,
+    before: int,
     semantic: Tensor | None,
     on_tile: Callable[[Progress], None],
 ) -> Tensor:
     config = model.config
     height, width = noisy.shape[2:]
-    rows, cols = block_grid((low_res.shape[2], low_res.shape[3]), config, grid)
+    rows, cols = block_grid((low_res.shape[2], low_res.shape[3]), config, before)
 
-    def on_blocks(x: Tensor, block: int) -> Tensor:
-        return pad_by_reflection(x, rows * block, cols * block, int(grid * block))
+    def on_blocks(x: Tensor, scale: int = 1) -> Tensor:
+        block = config.block_size // scale
+        return pad_by_reflection(x, rows * block, cols * block, before // scale)  # rounded: half a patch off there
 
-    upsampled = on_blocks(upsampled, config.block_size)
-    low_res = on_blocks(low_res, config.block_size // config.scale)
-    noisy = on_blocks(noisy, config.block_size)
-    before = int(grid * config.block_size)
+    upsampled, noisy, low_res = on_blocks(upsampled), on_blocks(noisy), on_blocks(low_res, config.scale)
     inside = (..., slice(before, before + height), slice(before, before + width))
     while True:
         try:

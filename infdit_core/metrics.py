@@ -1,7 +1,7 @@
 """How near a picture is to its original, and whether block borders show."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,24 +44,28 @@ def ssim_y(x: Tensor, original: Tensor, crop: int = 4) -> float:
     return float(similarity.mean())
 
 
-def seam_energy(x: Tensor, block: int, grid: int = 4) -> float:
+def seam_energy(x: Tensor, block: int, befores: Sequence[int] = (0,), grid: int = 4) -> float:
     """Mean squared step of Y across block borders over that elsewhere; 1 where borders don't show. (1, 3, H, W).
 
-    block: the distance of borders in pixels; half a block's side to take in those of both grids of `upscale`.
+    block: pixels of a block's side. befores: for every grid of blocks, how many pixels of one come before the picture;
+    the mean of all.
 
-    Elsewhere: at the other multiples of `grid` pixels, the scale. An enlarged picture's steps differ by where they lie
-    between two low-resolution pixels (bicubic's by a third), and block borders always lie half-way.
+    Elsewhere: by multiples of `grid` pixels, the scale, away. An enlarged picture's steps differ by where they lie
+    between two low-resolution pixels (bicubic's by a third).
     """
     y = luma(x)
-    on, elsewhere = [], []
-    for axis in (2, 3):
-        steps = y.diff(dim=axis).square().mean(dim=(0, 1, 5 - axis))
-        place = torch.arange(1, len(steps) + 1)
-        on.append(steps[place % block == 0])
-        elsewhere.append(steps[(place % block != 0) & (place % grid == 0)])
-    if not len(torch.cat(on)):
-        raise ValueError(f"a picture of {x.shape[3]} x {x.shape[2]} has no border of {block}-pixel blocks")
-    return float(torch.cat(on).mean() / torch.cat(elsewhere).mean().clamp(min=1e-12))
+    energies = []
+    for before in befores:
+        on, elsewhere = [], []
+        for axis in (2, 3):
+            steps = y.diff(dim=axis).square().mean(dim=(0, 1, 5 - axis))
+            place = torch.arange(1, len(steps) + 1) + before
+            on.append(steps[place % block == 0])
+            elsewhere.append(steps[(place % block != 0) & (place % grid == 0)])
+        if not len(torch.cat(on)):
+            raise ValueError(f"a picture of {x.shape[3]} x {x.shape[2]} has no border of {block}-pixel blocks")
+        energies.append(torch.cat(on).mean() / torch.cat(elsewhere).mean().clamp(min=1e-12))
+    return float(torch.stack(energies).mean())
 
 
 Lpips = Callable[[Tensor, Tensor], Tensor]  # pictures (B, 3, H, W) in 0..1, twice -> distances (B,)

@@ -19,7 +19,7 @@ options = parser.parse_args()
 def columns(name: str) -> dict[str, np.ndarray]:
     with (options.run / name).open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
+    return {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
 
 
 log, validation = columns("log.csv"), columns("validation.csv")

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from infdit_core import load_infdit, upscale
+from infdit_core.evaluation import grids
 from infdit_core.metrics import load_lpips, psnr_y, seam_energy, ssim_y
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,7 +89,7 @@ def figures(result: Tensor, original: Tensor) -> dict[str, float]:
         "psnr_y": psnr_y(x, truth),
         "ssim_y": ssim_y(x, truth),
         **({"lpips": float(lpips(x, truth))} if lpips else {}),
-        "seam_energy": seam_energy(x, model.config.block_size // 2, options.scale),
+        "seam_energy": seam_energy(x, model.config.block_size, grids(model.config), options.scale),
         "shift": float((x.mean((0, 2, 3)) - truth.mean((0, 2, 3))).abs().max() * 255),
     }
 

@@ -19,7 +19,7 @@ from infdit_core import upscale
 from infdit_core.images import resize
 from infdit_core.metrics import psnr_y
 
-BLOCK = 32  # pixels of the shipped network's blocks; a second grid of them begins half a block earlier
+BLOCK, PATCH = 32, 4  # pixels of the shipped network; a second grid of blocks begins half of both earlier
 SMALL, LARGE = 96, 128
 
 Draw = ImageDraw.ImageDraw
@@ -192,7 +192,9 @@ def far_from_edges(x: Tensor) -> Tensor:
 
 def border_steps(deviation: Tensor) -> list[Tensor]:
     """(1, 3, along, borders) for either direction: steps across the borders of both grids."""
-    return [t.diff(dim=3)[..., BLOCK // 2 - 1 :: BLOCK // 2] for t in (deviation, deviation.transpose(2, 3))]
+    steps = [t.diff(dim=3) for t in (deviation, deviation.transpose(2, 3))]
+    firsts = (BLOCK - 1, (BLOCK - PATCH) // 2 - 1)
+    return [torch.cat([t[..., first::BLOCK] for first in firsts], dim=3) for t in steps]
 
 
 def weave(x: Tensor) -> float:

@@ -51,6 +51,11 @@ def test_seams_show_and_plain_noise_does_not() -> None:
     step = x + 0.2 * ((torch.arange(512) // 32) % 2)
     assert seam_energy(step, 32) > 1.1
     assert seam_energy(step.transpose(2, 3), 32) > 1.1
+    later = torch.roll(step, (14, 14), (2, 3))
+    assert seam_energy(later, 32) == pytest.approx(1, abs=0.05)
+    assert seam_energy(later, 32, (18,)) > 1.1
+    both = (seam_energy(step, 32) + seam_energy(step, 32, (18,))) / 2
+    assert seam_energy(step, 32, (0, 18)) == pytest.approx(both)
     with pytest.raises(ValueError, match="no border"):
         seam_energy(x[..., :32, :32], 32)
 

@@ -34,7 +34,7 @@ from infdit_core.infdit import Preset
 from infdit_core.infdit.keys import key_table
 from infdit_core.infdit.lora import apply_lora, open_lora
 from infdit_core.semantics import load_clip
-from infdit_core.training import checkpoints, loop
+from infdit_core.training import checkpoints, loop, validation
 from infdit_core.training.config import OptimizerConfig, TrainConfig, parse
 from infdit_core.training.data import Batch
 from infdit_core.training.losses import training_loss
@@ -52,7 +52,8 @@ network:
   {hidden_size: 32, num_layers: 2, num_heads: 2, block_size: 16, semantic_size: 8, time_channels: 16,
    parametrisation: residual, sigma_data: 0.1, sigma_min: 0.005, sigma_max: 2.0}
 data:
-  {crop: 48, held: 1, workers: 0, direct: 0.7, mirror: 0.3, turn: true, candidates: 2, surrounded: 0.5, degraded: 0.5}
+  {crop: 48, held: 1, workers: 0, direct: 0.7, mirror: 0.3, turn: true, candidates: 2, surrounded: 0.5, degraded: 0.5,
+   mild: 0.5}
 loss: {sigma_log_mean: -2.4, sigma_log_deviation: 1.2, regression: 0.25, lr_dropout: 0.1}
 optimizer: {kind: muon, learning_rate: 5.0e-3, clip: 1.0, warmup: 5, decay: 0.3, ema: 0.9}
 presets: [faithful]
@@ -682,6 +683,8 @@ def test_unfit_stages_are_named(whole: Path, tiny: list[str], tmp_path: Path) ->
         parse(first)
     with pytest.raises(ValueError, match=r"PSNR alone: say lora\.rank=0"):
         parse([*first, *PREDICTOR, "loss.lr_dropout=0.1"])
+    with pytest.raises(ValueError, match=r"PSNR alone: .*loss\.own_input=0"):
+        parse([*first, *PREDICTOR, "loss.own_input=0.1"])
     with pytest.raises(ValueError, match=r"fsdp doesn't shard: use strategy=auto"):
         train(*first, *PREDICTOR, "strategy=fsdp", "optimizer.kind=adamw")
     start = f"start_from={whole / 'weights.safetensors'}"
@@ -947,47 +950,54 @@ def test_validation_measures_every_kind_at_three_levels(whole: Path) -> None:
     found = rows(whole / "validation.csv")
     assert [row["step"] for row in found] == ["8", "16", "20"]
     levels = [f"{np.exp(-2.4 + 1.2 * z):.3g}" for z in (-1, 0, 1)]
-    losses = {kind: [f"{kind}_loss_{level}" for level in levels] for kind in ("clean", "degraded")}
+    kinds = ("clean", "degraded", "mild")
+    losses = {kind: [f"{kind}_loss_{level}" for level in [*levels, "mean"]] for kind in kinds}
     expected = ["step", "loss"]
-    for kind in ("clean", "degraded"):
+    for kind in kinds:
         expected += [*losses[kind], f"{kind}_bicubic_psnr_y", f"{kind}_faithful_psnr_y"]
     assert list(found[0]) == expected
     for row in found:
         values = [float(row[name]) for names in losses.values() for name in names]
-        assert float(row["loss"]) == pytest.approx(sum(values) / 6, rel=1e-4)
-    assert float(found[0]["clean_bicubic_psnr_y"]) > float(found[0]["degraded_bicubic_psnr_y"])
+        assert float(row["loss"]) == pytest.approx(sum(values) / 12, rel=1e-4)
+    first = {kind: float(found[0][f"{kind}_bicubic_psnr_y"]) for kind in kinds}
+    assert first["clean"] > first["mild"] != first["degraded"]
     assert len({row["degraded_bicubic_psnr_y"] for row in found}) == 1
 
 
 def test_validation_asks_what_training_asks(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "load_lpips", lambda path, device: lambda a, b: torch.full((len(a),), 0.125))
+    asked: list[tuple[Batch, Tensor, Tensor, Tensor, float]] = []
+    real = validation.loss_at
+
+    def seen(denoise: Any, network: Any, config: Any, batch: Any, *rest: Any) -> Tensor:
+        unjudged = real(denoise, network, replace(config, perceptual=0.0), batch, *rest)
+        asked.append((batch, *rest[:3], float(unjudged)))
+        return real(denoise, network, config, batch, *rest)
+
+    monkeypatch.setattr(validation, "loss_at", seen)
     arguments = [*tiny, *PLAIN, "steps=1", "data.crop=64", "lpips=[alex.safetensors]", "loss.perceptual_below=0.2"]
-    of_loss = {"plain": [], "all": ["loss.perceptual=4", "loss.own_input=0.5"]}
-    found = {}
-    for name, more in of_loss.items():
-        train(*arguments, *more, "optimizer.learning_rate=1e-9", f"out={tmp_path / name}")
-        (row,) = rows(tmp_path / name / "validation.csv")
-        found[name] = {key: float(value) for key, value in row.items() if "_loss_" in key}
+    train(*arguments, "loss.perceptual=4", "loss.own_input=0.5", "loss.overshoot=3", f"out={tmp_path}")
+    (row,) = rows(tmp_path / "validation.csv")
+    found = {key: float(value) for key, value in row.items() if "_loss_" in key}
     low, middle, high = (np.exp(-2.4 + 1.2 * z) for z in (-1, 0, 1))
     assert low < middle < 0.2 < high
-    for level in (low, middle):
-        plain, judged, own = (
-            found[run][f"{kind}_loss_{level:.3g}"]
-            for run, kind in (("plain", "clean"), ("all", "clean"), ("all", "clean_own"))
-        )
-        assert judged == pytest.approx(plain + 4 * level / 0.2 * 0.125, rel=1e-3)
-        assert own != judged
-    assert found["all"].keys() - found["plain"].keys() == {f"clean_own_loss_{x:.3g}" for x in (low, middle)}
-    assert found["all"][f"clean_loss_{high:.3g}"] == pytest.approx(found["plain"][f"clean_loss_{high:.3g}"], rel=1e-3)
+    expected = [(f"clean_loss_{x:.3g}", x, False) for x in (low, middle, high)]
+    expected += [(f"clean_own_loss_{x:.3g}", x, True) for x in (low, middle)] + [("clean_loss_mean", 2.0, False)]
+    assert list(found) == [name for name, *_ in expected]
+    for (name, level, own), (batch, sigma, noisy, was_own, unjudged) in zip(expected, asked, strict=True):
+        assert float(sigma) == pytest.approx(level) and bool(was_own) == own
+        noise = noisy - (batch.upsampled if own or name.endswith("mean") else batch.original)
+        assert float(noise.std()) == pytest.approx(0 if name.endswith("mean") else level, rel=0.05)
+        assert found[name] == pytest.approx(unjudged + 4 * 0.125 * level / 0.2 * (level < 0.2), rel=1e-4)
 
 
 def test_samples_are_rows_of_lr_bicubic_presets_and_original(whole: Path) -> None:
     assert sorted(path.name for path in (whole / "samples").iterdir()) == [f"step-{s:08d}.png" for s in (8, 16, 20)]
     side = 48 + 2 * 16
     with Image.open(whole / "samples" / "step-00000008.png") as image:
-        assert image.size == (2 * 4 * side, side)
+        assert image.size == (3 * 4 * side, side)
         pixels = np.asarray(image).astype(int)
-    parts = [pixels[:, i * side : (i + 1) * side] for i in range(8)]
+    parts = [pixels[:, i * side : (i + 1) * side] for i in range(12)]
     assert np.array_equal(parts[3], parts[7])  # the original
     assert np.array_equal(parts[0][0::4, 0::4], parts[0][3::4, 3::4])  # the low resolution, by nearest neighbour
     assert np.abs(parts[1] - parts[3]).mean() < np.abs(parts[0] - parts[3]).mean()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from infdit_core.diffusion import edm, preconditioning
@@ -176,6 +177,18 @@ def test_own_input_starts_from_the_upsampled_picture_where_noise_is_little(batch
     assert torch.equal(own_losses[~own], losses[~own])
     error = batch.original[own].square().mean((1, 2, 3))  # still of the original, weighed as without noise
     torch.testing.assert_close(own_losses[own], edm.loss_weight(torch.tensor(NETWORK.sigma_max), 0.5) * error)
+
+
+def test_half_of_the_batches_lie_as_on_the_second_grid(batch: Batch) -> None:
+    few = Batch(*(F.interpolate(t[:2], scale_factor=8) for t in batch[:3]))
+    later, others = 0, 100
+    for seed in range(others):
+        upsampled = ask(few, network=replace(NETWORK, grids=2), seed=seed)[2]["upsampled"]
+        if not torch.equal(upsampled, few.upsampled):
+            later += 1
+            assert torch.equal(upsampled[:, :, 2:, 2:], few.upsampled[:, :, :-2, :-2])
+        assert torch.equal(ask(few, seed=seed)[2]["upsampled"], few.upsampled), "one grid"
+    assert 35 < later < 65
 
 
 def test_lr_dropout_replaces_both_low_resolutions_by_clamped_noise(batch: Batch) -> None:

@@ -182,21 +182,22 @@ def borders(like: Tensor, block: int, mark: float) -> Tensor:
     return like + mark * (rows[:, None] | cols)
 
 
+@pytest.mark.parametrize(("side", "left"), [("block_size", 0.2), ("patch_size", 0.4)])
 @pytest.mark.parametrize("settings", [{"steps": 1}, {"sigmas": torch.tensor([0.1, 0.0]), "sampler": "euler"}])
-def test_block_borders_of_one_grid_vanish_in_the_other(
-    two_grids: InfDiT, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_borders_of_one_grid_vanish_in_the_other(
+    two_grids: InfDiT, settings: dict[str, Any], side: str, left: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def marking(self: InfDiT, noisy: Tensor, *args: object, upsampled: Tensor, **kwargs: object) -> Tensor:
-        return borders(upsampled, self.config.block_size, 0.5)
+        return borders(upsampled, getattr(self.config, side), 0.5)
 
     monkeypatch.setattr(InfDiT, "denoise", marking)
     block = two_grids.config.block_size
     low_res = 0.3 + 0.4 * image(2 * block // 4 + 3, 3 * block // 4 + 1)  # of so much detail that the marks may stay
     bicubic = resize(low_res.permute(0, 3, 1, 2), (4 * low_res.shape[1], 4 * low_res.shape[2]))
     result = upscale(low_res, model=two_grids, scale=4, **settings)[0, :, :, 0] - bicubic[0, 0]
-    one_grid = borders(torch.zeros(1, 1, *result.shape), block, 0.25)
-    # A little is left where borders of both cross.
-    assert result.square().mean() < 0.2 * one_grid.square().mean()
+    one_grid = borders(torch.zeros(1, 1, *result.shape), getattr(two_grids.config, side), 0.25)
+    # Something is left where borders of both cross: most patches' pixels lie at a border.
+    assert result.square().mean() < left * one_grid.square().mean()
 
 
 def test_weights_say_how_many_grids(

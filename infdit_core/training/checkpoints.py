@@ -94,6 +94,12 @@ def best(folder: Path) -> Path | None:
     return min(scores, key=lambda path: (math.isnan(scores[path]), scores[path], path), default=None)
 
 
+def forget_scores(folder: Path) -> None:
+    """Where the loss is another from here on: else those by the smaller one would stay the best."""
+    for path in folder.glob(f"step-*/{_SCORE}"):
+        path.unlink()
+
+
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` and the best, and what a killed run left half-written."""
     kept = {*sorted(folder.glob("step-*"))[-keep:], best(folder)}

@@ -114,6 +114,7 @@ class TrainConfig:
         counts: dict[str, float] = {key: getattr(self, key) for key in ("steps", "batch", "accumulate", "keep")}
         counts |= {key: getattr(self, key) for key in ("log_every", "validate_every", "save_every")}
         counts |= {f"data.{key}": getattr(self.data, key) for key in ("held", "crop", "candidates")}
+        counts["loss.perceptual_below"] = self.loss.perceptual_below
         counts |= {"optimizer.learning_rate": self.optimizer.learning_rate, "optimizer.clip": self.optimizer.clip}
         for key, value in counts.items():
             if not value > 0:
@@ -121,7 +122,7 @@ class TrainConfig:
         amounts: dict[str, float] = {"seed": self.seed, "pictures": self.pictures, "lora.rank": self.lora.rank}
         amounts |= {f"data.{key}": getattr(self.data, key) for key in ("workers", "cache")}
         amounts |= {f"optimizer.{key}": getattr(self.optimizer, key) for key in ("weight_decay", "warmup")}
-        of_loss = ("sigma_log_deviation", "perceptual", "perceptual_below", "overshoot")
+        of_loss = ("sigma_log_deviation", "perceptual", "overshoot")
         amounts |= {f"loss.{key}": getattr(self.loss, key) for key in of_loss}
         for key, value in amounts.items():
             if not value >= 0:
@@ -148,11 +149,11 @@ class TrainConfig:
             self.network.check()
             if self.stage == "predictor" and not self.network.predictor_depth:
                 raise ValueError("stage=predictor needs network.predictor_width and network.predictor_depth")
-        more = self.loss.perceptual or self.loss.overshoot or self.loss.lr_dropout
-        if self.stage == "predictor" and (self.lora.rank or more or self.clip):
+        others = ("perceptual", "own_input", "overshoot", "lr_dropout")
+        if self.stage == "predictor" and (self.lora.rank or self.clip or any(getattr(self.loss, o) for o in others)):
             raise ValueError(
-                "stage=predictor learns by PSNR alone: say lora.rank=0, loss.perceptual=0, "
-                "loss.overshoot=0, loss.lr_dropout=0 and clip=''"
+                "stage=predictor learns by PSNR alone: say lora.rank=0, clip='' and "
+                + ", ".join(f"loss.{other}=0" for other in others)
             )
         if self.lora.rank and not self.start_from:
             raise ValueError("lora.rank adapts weights that exist: say start_from=FILE")

@@ -331,6 +331,8 @@ def _settle(config: TrainConfig, out: Path, fabric: Fabric) -> None:
                 raise TrainingError(f"the run in {out} trains something else: {said}. Say another out=FOLDER")
             for key, (before, now) in changed.items():
                 _say(fabric, f"{key} was {before}, is {now} from here on")
+            if any(key.startswith(("loss.", "lpips", "data.")) for key in changed):
+                checkpoints.forget_scores(out / "checkpoints")
         save(config, path)
     fabric.barrier()
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion import edm
+from ..evaluation import grids
 from ..infdit.config import InfDiTConfig
 from ..infdit.model import InfDiT
 from ..metrics import Lpips
@@ -81,6 +82,14 @@ def with_prediction(batch: Batch, network: InfDiT) -> Batch:
     return batch._replace(upsampled=network.upsample(batch.low_res, batch.margin(network.config.scale)))
 
 
+def moved(batch: Batch, by: int) -> Batch:
+    """The pictures so many pixels to the right and down, over a low resolution that stays."""
+    original, upsampled = (
+        F.pad(t[:, :, :-by, :-by], (by, 0, by, 0), mode="reflect") for t in (batch.original, batch.upsampled)
+    )
+    return batch._replace(original=original, upsampled=upsampled)
+
+
 def loss_at(
     denoise: Callable[..., Tensor],
     network: InfDiTConfig,
@@ -88,21 +97,20 @@ def loss_at(
     batch: Batch,
     sigma: Tensor,
     noisy: Tensor,
-    own: Tensor | bool = False,
+    own: Tensor | None = None,
     lpips: Sequence[Lpips] = (),
     shift: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> Tensor:
     """Loss (B,) of one evaluation at given noise levels (B,).
 
-    own: (B,) where the noise is on the upsampled picture. lpips: for config.perceptual; both pictures move by `shift`
-    pixels before it. options: more for `denoise`.
+    own: (B,) true where the noise is on the upsampled picture. lpips: for config.perceptual; both pictures move by
+    `shift` pixels before it. options: more for `denoise`.
     """
     given = {"upsampled": batch.upsampled, "semantic": batch.semantic, "direction": config.direction}
     denoised, original = denoise(noisy, sigma, batch.low_res, **given, **options), batch.original
     # A sampler's own noisy picture says no more about the original than pure noise does.
-    told = torch.where(torch.as_tensor(own, device=sigma.device), network.sigma_max, sigma)
-    weight = _weight(config, network, batch, told)
+    weight = _weight(config, network, batch, sigma if own is None else torch.where(own, network.sigma_max, sigma))
     losses = denoising_loss(denoised, original, weight, config.power)
     if config.overshoot:
         outside = overshoot(denoised, original, 2 * network.scale).pow(config.power).flatten(1).mean(1)
@@ -128,8 +136,8 @@ def training_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss (B,) at random noise levels, and these (B,), sigma_max where a sample was without noise.
 
-    denoise: InfDiT.denoise. lpips: for config.perceptual. Everything random comes from `generator`, on the pictures'
-    device.
+    denoise: InfDiT.denoise. lpips: for config.perceptual. Everything random comes from `generator`, on the
+    pictures' device.
     """
     original, device = batch.original, batch.original.device
     count, crop = len(original), original.shape[3]
@@ -148,6 +156,10 @@ def training_loss(
         )
         batch = batch._replace(low_res=low_res, upsampled=upsampled)
     batch = looked_at(batch, network.scale, clip)  # CLIP is no way around the dropout
+    off = grids(network)[-1] % network.scale
+    if off and torch.rand((), generator=generator, device=device) < 0.5:
+        batch = moved(batch, off)  # as on the second grid
+        original = batch.original
     mean_asked = regressed < config.regression
     sigma = torch.where(mean_asked, network.sigma_max, sigma)
     little = (sigma < config.perceptual_below) & ~mean_asked
@@ -159,7 +171,7 @@ def training_loss(
     row, column = torch.randint(0, largest + 1, (2,), generator=generator, device=device).tolist()
     # AlexNet looks every 4 px only, and what it doesn't see would always be the same.
     top, left = torch.randint(0, 4, (2,), generator=generator, device=device).tolist()
-    losses = loss_at(denoise, network, config, batch, sigma, noisy, own, lpips, shift=(top, left), offset=(row, column))
+    losses = loss_at(denoise, network, config, batch, sigma, noisy, own, lpips, (top, left), offset=(row, column))
     return losses, sigma
 
 

@@ -68,11 +68,12 @@ def validate(
 ) -> Iterator[tuple[dict[str, float], list[Tensor]]]:
     """Of every held crop in turn: its figures, and pictures (LR, bicubic, one a preset, original) in 0..1.
 
-    Loss: as trained, at three noise levels, one deviation apart; PSNR-Y in dB and LPIPS of each preset, beside bicubic.
-    While the predictor is trained: its loss and its picture in their place.
+    Loss: as trained, at three noise levels, one deviation apart, and without noise where that is trained; PSNR-Y in dB
+    and LPIPS of each preset, beside bicubic. While the predictor is trained: its loss and its picture in their place.
     """
     loss = config.loss
     levels = [math.exp(loss.sigma_log_mean + loss.sigma_log_deviation * z) for z in (-1, 0, 1)]
+    levels = [min(level, network.config.sigma_max) for level in levels]
     for original, batches in held:
         figures: dict[str, float] = {}
         pictures: list[Tensor] = []
@@ -84,12 +85,20 @@ def validate(
                 results["predicted"] = batch.upsampled / 2 + 0.5
             else:
                 noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(5)).to(original.device)
-                for level in levels:
-                    sigma = torch.full((1,), min(level, network.config.sigma_max), device=original.device)
-                    for own in (False, True) if loss.own_input and level < loss.perceptual_below else (False,):
-                        noisy = (batch.upsampled if own else batch.original) + sigma * noise
-                        value = loss_at(network.denoise, network.config, loss, batch, sigma, noisy, own, lpips)
-                        figures[f"{kind}{'_own' if own else ''}_loss_{level:.3g}"] = float(value)
+                cases = [(f"{kind}_loss_{level:.3g}", level, batch.original + level * noise) for level in levels]
+                if loss.own_input:
+                    cases += [
+                        (f"{kind}_own_loss_{level:.3g}", level, batch.upsampled + level * noise)
+                        for level in levels
+                        if level < loss.perceptual_below
+                    ]
+                if loss.regression:
+                    cases.append((f"{kind}_loss_mean", network.config.sigma_max, batch.upsampled))
+                for name, level, noisy in cases:
+                    sigma, own = (torch.tensor([x], device=original.device) for x in (level, "_own_" in name))
+                    figures[name] = float(
+                        loss_at(network.denoise, network.config, loss, batch, sigma, noisy, own, lpips)
+                    )
                 low_res = batch.low_res.permute(0, 2, 3, 1) / 2 + 0.5
                 for preset in config.presets:
                     large = upscale(
