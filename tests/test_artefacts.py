@@ -197,11 +197,16 @@ def border_steps(deviation: Tensor) -> list[Tensor]:
     return [torch.cat([t[..., first::BLOCK] for first in firsts], dim=3) for t in steps]
 
 
-def weave(x: Tensor) -> float:
-    """How much more it bends at one place within the network's patches of 4 px than at another."""
-    bends = [rows.diff(n=2, dim=2).square().mean((0, 1, 3)) for rows in (x, x.transpose(2, 3))]
-    places = [bend[3:-3].unflatten(0, (-1, 4)).mean(0) for bend in bends]
-    return max(float(place.max() / place.min()) for place in places)
+def screen(x: Tensor) -> float:
+    """Energy at the frequencies of what all patches repeat, over that of frequencies around: 1 where they don't."""
+    grey = x.mean((0, 1))
+    energy = torch.fft.fft2(grey - grey.mean()).abs().square().roll((3, 3), (0, 1))
+    height, width = (side // PATCH for side in grey.shape)
+    around = [
+        energy[y * height : y * height + 7, x * width : x * width + 7] for y in range(PATCH) for x in range(PATCH)
+    ]
+    ratios = [float(e[3, 3] / ((e.sum() - e[3, 3]) / 48)) for e in around[1:]]
+    return sum(ratios) / len(ratios)
 
 
 # --- the tests
@@ -307,3 +312,10 @@ def test_checkers_stay(preset: str) -> None:
 def test_checkers_get_no_tint(preset: str) -> None:
     _, bicubic, result = upscaled("checkers", preset)
     assert tint(result - bicubic) < 4
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_grass_gets_no_screen(preset: str) -> None:
+    original, _, result = upscaled("grass", preset)
+    assert screen(original) < 1.5
+    assert screen(result) < 14
