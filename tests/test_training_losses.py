@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from infdit_core.diffusion import edm, preconditioning
+from infdit_core.evaluation import share_of_second
 from infdit_core.infdit import InfDiT, InfDiTConfig
 from infdit_core.infdit.config import Preconditioning
 from infdit_core.metrics import Lpips
@@ -22,6 +22,7 @@ from infdit_core.training.data import Batch
 from infdit_core.training.losses import (
     NEAR_ENOUGH,
     LossMeter,
+    blended,
     loss_at,
     overshoot,
     prediction_loss,
@@ -179,16 +180,28 @@ def test_own_input_starts_from_the_upsampled_picture_where_noise_is_little(batch
     torch.testing.assert_close(own_losses[own], edm.loss_weight(torch.tensor(NETWORK.sigma_max), 0.5) * error)
 
 
-def test_half_of_the_batches_lie_as_on_the_second_grid(batch: Batch) -> None:
-    few = Batch(*(F.interpolate(t[:2], scale_factor=8) for t in batch[:3]))
-    later, others = 0, 100
-    for seed in range(others):
-        upsampled = ask(few, network=replace(NETWORK, grids=2), seed=seed)[2]["upsampled"]
-        if not torch.equal(upsampled, few.upsampled):
-            later += 1
-            assert torch.equal(upsampled[:, :, 2:, 2:], few.upsampled[:, :, :-2, :-2])
-        assert torch.equal(ask(few, seed=seed)[2]["upsampled"], few.upsampled), "one grid"
-    assert 35 < later < 65
+def test_two_grids_are_blended(tiny_model: MakeModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noisy, upsampled, low_res = (torch.rand(2, 3, side, side, generator=generator) for side in (32, 32, 8))
+    sigma, asked = torch.tensor([0.1, 0.3]), []
+
+    def denoise(x: Tensor, sigma: Tensor, low_res: Tensor, **given: Any) -> Tensor:
+        asked.append((x, sigma, low_res, given))
+        number = torch.arange(len(x)) >= len(x) / 2
+        return x + number[:, None, None, None]
+
+    one, two = (blended(denoise, replace(NETWORK, block_size=16, grids=count)) for count in (1, 2))
+    assert one is denoise
+    result = two(noisy, sigma, low_res, upsampled=upsampled, semantic=None, offset=(1, 2))
+    ((x, levels, low_res_seen, given),) = asked
+    for seen, picture in ((x, noisy), (given["upsampled"], upsampled)):
+        assert torch.equal(seen[:2], picture)
+        assert torch.equal(seen[2:, :, 2:, 2:], picture[:, :, :-2, :-2])
+    assert torch.equal(levels, sigma.repeat(2)) and torch.equal(low_res_seen, torch.cat([low_res, low_res]))
+    assert given["offset"] == (1, 2) and given["semantic"] is None
+    share = (result - noisy)[:, :, :-2, :-2]  # of the second
+    assert share.min() > 0 and share.max() < 1
+    assert torch.allclose(share, share_of_second((30, 30), replace(NETWORK, block_size=16, grids=2)), atol=1e-6)
 
 
 def test_lr_dropout_replaces_both_low_resolutions_by_clamped_noise(batch: Batch) -> None:

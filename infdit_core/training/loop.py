@@ -581,6 +581,8 @@ class _Report:
         self.config, self.state, self.fabric, self.log = config, state, fabric, log
         flops = network.prediction_flops if config.stage == "predictor" else network.evaluation_flops
         self.flops = 3 * flops(config.data.crop, config.data.crop)  # backward is twice forward
+        if config.stage == "network":
+            self.flops *= network.grids
         self.named: set[str] = set()
         self.began = time.monotonic() - state.seconds
         self._window()

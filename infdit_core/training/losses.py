@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion import edm
-from ..evaluation import grids
+from ..evaluation import grids, share_of_second
 from ..infdit.config import InfDiTConfig
 from ..infdit.model import InfDiT
 from ..metrics import Lpips
@@ -82,12 +82,30 @@ def with_prediction(batch: Batch, network: InfDiT) -> Batch:
     return batch._replace(upsampled=network.upsample(batch.low_res, batch.margin(network.config.scale)))
 
 
-def moved(batch: Batch, by: int) -> Batch:
-    """The pictures so many pixels to the right and down, over a low resolution that stays."""
-    original, upsampled = (
-        F.pad(t[:, :, :-by, :-by], (by, 0, by, 0), mode="reflect") for t in (batch.original, batch.upsampled)
-    )
-    return batch._replace(original=original, upsampled=upsampled)
+def blended(denoise: Callable[..., Tensor], network: InfDiTConfig) -> Callable[..., Tensor]:
+    """`denoise`, blended from both grids of a network that has two: what is seen in the end.
+
+    The second begins half a patch earlier, but not half a block, which would take more of a crop.
+    """
+    off = grids(network)[-1] % network.scale
+    if not off:
+        return denoise
+
+    def moved(x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :-off, :-off], (off, 0, off, 0), mode="reflect")
+
+    def twice(
+        noisy: Tensor, sigma: Tensor, low_res: Tensor, *, upsampled: Tensor, semantic: Tensor | None, **options: Any
+    ) -> Tensor:
+        noisy, upsampled = (torch.cat([x, moved(x)]) for x in (noisy, upsampled))
+        sigma, low_res = sigma.repeat(2), low_res.repeat(2, 1, 1, 1)
+        semantic = None if semantic is None else semantic.repeat(2, 1)
+        both = denoise(noisy, sigma, low_res, upsampled=upsampled, semantic=semantic, **options)
+        first, second = both.chunk(2)
+        second = F.pad(second[:, :, off:, off:], (0, off, 0, off), mode="reflect")
+        return first.lerp(second, share_of_second((first.shape[2], first.shape[3]), network).to(first))
+
+    return twice
 
 
 def loss_at(
@@ -108,7 +126,8 @@ def loss_at(
     `shift` pixels before it. options: more for `denoise`.
     """
     given = {"upsampled": batch.upsampled, "semantic": batch.semantic, "direction": config.direction}
-    denoised, original = denoise(noisy, sigma, batch.low_res, **given, **options), batch.original
+    denoised = blended(denoise, network)(noisy, sigma, batch.low_res, **given, **options)
+    original = batch.original
     # A sampler's own noisy picture says no more about the original than pure noise does.
     weight = _weight(config, network, batch, sigma if own is None else torch.where(own, network.sigma_max, sigma))
     losses = denoising_loss(denoised, original, weight, config.power)
@@ -156,10 +175,6 @@ def training_loss(
         )
         batch = batch._replace(low_res=low_res, upsampled=upsampled)
     batch = looked_at(batch, network.scale, clip)  # CLIP is no way around the dropout
-    off = grids(network)[-1] % network.scale
-    if off and torch.rand((), generator=generator, device=device) < 0.5:
-        batch = moved(batch, off)  # as on the second grid
-        original = batch.original
     mean_asked = regressed < config.regression
     sigma = torch.where(mean_asked, network.sigma_max, sigma)
     little = (sigma < config.perceptual_below) & ~mean_asked
