@@ -71,7 +71,7 @@ def test_nano_trains_the_default_weights_further() -> None:
     network = loop._network(config)
     assert config.network is not None
     assert network.config == load_infdit().config
-    assert network.config.presets["balanced"] == Preset(2, 1.2, "euler", end=0.12)
+    assert network.config.presets["balanced"] == Preset(1, 0.1, "euler")
     assert 0 < config.data.degraded < 1
     assert config.loss.regression > 0
 
