@@ -30,10 +30,11 @@ for key, values in log.items():
         levels.plot(log["step"], values, label=key.removeprefix("loss_").replace("_", " "), linewidth=1)
 levels.set(title="training loss by sigma")
 
-for key, values in validation.items():
-    if "_loss_" in key:
-        held.plot(validation["step"], values, ".-", label=key.replace("_loss_mean", "").replace("_loss_", ", sigma "))
-held.set(title="loss on held pictures")
+kinds = dict.fromkeys(key.split("_")[0] for key in validation if "_loss_" in key)
+for kind in kinds:
+    values = np.mean([x for key, x in validation.items() if key.startswith(kind) and "_loss_" in key], axis=0)
+    held.plot(validation["step"], values, ".-", label=kind)
+held.set(title="loss on held pictures, mean over sigma")
 for axes in (levels, held):
     if axes.dataLim.ymin > 0:  # a predictor's is a logarithm already
         axes.set_yscale("log")
