@@ -517,6 +517,17 @@ def test_other_settings_may_change_on_the_way(
     assert float(after[3]["clean_bicubic_psnr_y"]) == float(before[0]["clean_bicubic_psnr_y"])
 
 
+def test_scores_of_another_loss_are_forgotten(tiny: list[str], tmp_path: Path) -> None:
+    arguments = [*tiny, *PLAIN, f"out={tmp_path}"]
+    train(*arguments, "steps=2")
+    first = tmp_path / "checkpoints" / "step-00000002" / "score.json"
+    first.write_text('{"loss": 0.0}')  # better than any
+    train(*arguments, "steps=3")
+    assert first.exists() and checkpoints.best(tmp_path / "checkpoints") == first.parent
+    train(*arguments, "steps=4", "loss.overshoot=3")
+    assert checkpoints.best(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000004"
+
+
 def test_a_log_that_was_cut_in_a_row_is_taken_up(whole: Path, tiny: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole, out)
