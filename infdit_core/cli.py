@@ -107,8 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     _semantic_options(sub)
     _device_options(sub)
     sub.add_argument("--lpips", type=Path, metavar="FILE", help="LPIPS weights, of AlexNet or VGG16; without, no LPIPS")
-    text = "pixels of a block's side, for the seam energy of two grids of blocks (32, the default weights')"
+    text = "pixels of a block's side, for the seam energy (32, the default weights')"
     sub.add_argument("--block", type=int, default=32, help=text)
+    sub.add_argument("--grids", type=int, choices=(1, 2), default=2, help="of blocks (2, the default weights')")
     sub.add_argument("--json", action="store_true")
 
     sub = command("train", _train, "train on folders of pictures")
@@ -433,7 +434,7 @@ def _measure(options: argparse.Namespace) -> _Measurer:
     from .infdit.config import InfDiTConfig
     from .metrics import load_lpips, psnr_y, seam_energy, ssim_y
 
-    befores = grids(InfDiTConfig(block_size=options.block, grids=2))
+    befores = grids(InfDiTConfig(block_size=options.block, grids=options.grids))
     lpips = load_lpips(options.lpips) if options.lpips else None
 
     def measure(x: Tensor, original: Tensor) -> dict[str, float]:

@@ -32,7 +32,7 @@ levels.set(title="training loss by sigma")
 
 kinds = dict.fromkeys(key.split("_")[0] for key in validation if "_loss_" in key)
 for kind in kinds:
-    values = np.mean([x for key, x in validation.items() if key.startswith(kind) and "_loss_" in key], axis=0)
+    values = np.nanmean([x for key, x in validation.items() if key.startswith(kind) and "_loss_" in key], axis=0)
     held.plot(validation["step"], values, ".-", label=kind)
 held.set(title="loss on held pictures, mean over sigma")
 for axes in (levels, held):

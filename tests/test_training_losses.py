@@ -202,6 +202,7 @@ def test_two_grids_are_blended(tiny_model: MakeModel) -> None:
     share = (result - noisy)[:, :, :-2, :-2]  # of the second
     assert share.min() > 0 and share.max() < 1
     assert torch.allclose(share, share_of_second((30, 30), replace(NETWORK, block_size=16, grids=2)), atol=1e-6)
+    assert torch.equal(result[:, :, -2:], noisy[:, :, -2:]) and torch.equal(result[..., -2:], noisy[..., -2:])
 
 
 def test_lr_dropout_replaces_both_low_resolutions_by_clamped_noise(batch: Batch) -> None:

@@ -331,7 +331,10 @@ def _settle(config: TrainConfig, out: Path, fabric: Fabric) -> None:
                 raise TrainingError(f"the run in {out} trains something else: {said}. Say another out=FOLDER")
             for key, (before, now) in changed.items():
                 _say(fabric, f"{key} was {before}, is {now} from here on")
-            if any(key.startswith(("loss.", "lpips", "data.")) for key in changed):
+            of_score: tuple[str, ...] = ("loss.", "lpips", "clip", "network.grids")
+            of_score += tuple(f"data.{key}" for key in ("validation", "train", "held", "crop", "degraded", "mild"))
+            of_score += ("data.softness", "data.surrounded")
+            if any(key.startswith(of_score) for key in changed):
                 checkpoints.forget_scores(out / "checkpoints")
         save(config, path)
     fabric.barrier()

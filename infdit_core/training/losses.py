@@ -85,25 +85,30 @@ def with_prediction(batch: Batch, network: InfDiT) -> Batch:
 def blended(denoise: Callable[..., Tensor], network: InfDiTConfig) -> Callable[..., Tensor]:
     """`denoise`, blended from both grids of a network that has two: what is seen in the end.
 
-    The second begins half a patch earlier, but not half a block, which would take more of a crop.
+    The second begins half a patch earlier, but not half a block, which would take more of a crop: so patches meet as
+    they do in the end, and blocks don't.
     """
-    off = grids(network)[-1] % network.scale
+    off = grids(network)[-1] % network.patch_size
     if not off:
         return denoise
 
-    def moved(x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :-off, :-off], (off, 0, off, 0), mode="reflect")
+    def with_moved(x: Tensor, by: int = off) -> Tensor:
+        height, width = x.shape[2] - by, x.shape[3] - by
+        return torch.cat([x, F.pad(x[:, :, :height, :width], (by, 0, by, 0), mode="reflect")])
 
     def twice(
         noisy: Tensor, sigma: Tensor, low_res: Tensor, *, upsampled: Tensor, semantic: Tensor | None, **options: Any
     ) -> Tensor:
-        noisy, upsampled = (torch.cat([x, moved(x)]) for x in (noisy, upsampled))
-        sigma, low_res = sigma.repeat(2), low_res.repeat(2, 1, 1, 1)
+        noisy, upsampled = with_moved(noisy), with_moved(upsampled)
+        low_res = with_moved(low_res, off // network.scale)  # rounded as `evaluation.denoise` does
         semantic = None if semantic is None else semantic.repeat(2, 1)
-        both = denoise(noisy, sigma, low_res, upsampled=upsampled, semantic=semantic, **options)
+        both = denoise(noisy, sigma.repeat(2), low_res, upsampled=upsampled, semantic=semantic, **options)
         first, second = both.chunk(2)
-        second = F.pad(second[:, :, off:, off:], (0, off, 0, off), mode="reflect")
-        return first.lerp(second, share_of_second((first.shape[2], first.shape[3]), network).to(first))
+        share = share_of_second((first.shape[2], first.shape[3]), network).to(first)[:-off, :-off]
+        inside = first[:, :, :-off, :-off].lerp(second[:, :, off:, off:], share)
+        # What the second grid doesn't reach is the first's.
+        below = torch.cat([inside, first[:, :, -off:, :-off]], 2)
+        return torch.cat([below, first[:, :, :, -off:]], 3)
 
     return twice
 
