@@ -85,17 +85,17 @@ def validate(
                 results["predicted"] = batch.upsampled / 2 + 0.5
             else:
                 noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(5)).to(original.device)
-                cases = [(f"{kind}_loss_{level:.3g}", level, batch.original + level * noise) for level in levels]
+                cases = [(f"{kind}_loss_{level:.3g}", level, batch.original + level * noise, False) for level in levels]
                 if loss.own_input:
                     cases += [
-                        (f"{kind}_own_loss_{level:.3g}", level, batch.upsampled + level * noise)
+                        (f"{kind}_own_loss_{level:.3g}", level, batch.upsampled + level * noise, True)
                         for level in levels
                         if level < loss.perceptual_below
                     ]
                 if loss.regression:
-                    cases.append((f"{kind}_loss_mean", network.config.sigma_max, batch.upsampled))
-                for name, level, noisy in cases:
-                    sigma, own = (torch.tensor([x], device=original.device) for x in (level, "_own_" in name))
+                    cases.append((f"{kind}_loss_mean", network.config.sigma_max, batch.upsampled, False))
+                for name, level, noisy, is_own in cases:
+                    sigma, own = (torch.tensor([x], device=original.device) for x in (level, is_own))
                     figures[name] = float(
                         loss_at(network.denoise, network.config, loss, batch, sigma, noisy, own, lpips)
                     )
