@@ -729,13 +729,14 @@ def test_unfit_settings_are_named_before_training(tiny: list[str], tmp_path: Pat
     for changed, said in (
         ("data.crop=40", r"data\.crop=40: it must be a multiple of 16"),
         ("data.crop=32", r"data\.crop=32: .*at least 44 pixels; .*data\.degraded=0"),
+        ("data.crop=32 network.grids=2 loss.perceptual=1 lpips=[w] data.degraded=0", "at least 34 pixels, .* 10 more"),
         ("presets=[faithful,best]", r"presets=.*best.*the network has faithful, balanced, detailed"),
         ("data.held=4", "all are held for validation"),
         ("wandb=project", "pip install wandb"),
     ):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=said):
             patch.setitem(sys.modules, "wandb", None)
-            train(*tiny, f"out={tmp_path}", changed)
+            train(*tiny, f"out={tmp_path}", *changed.split())
     assert not (tmp_path / "log.csv").exists()
 
 

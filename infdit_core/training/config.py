@@ -141,8 +141,6 @@ class TrainConfig:
             raise ValueError(f"loss.power={self.loss.power}: it must be 1 or 2")
         if self.loss.perceptual and not self.lpips:
             raise ValueError("loss.perceptual needs the weights of LPIPS: say lpips=[FILE]")
-        if self.loss.perceptual and self.data.crop < 34:
-            raise ValueError(f"data.crop={self.data.crop}: loss.perceptual needs at least 34, for what LPIPS looks at")
         if self.network is None and not self.start_from:
             raise ValueError("network=null takes the network of a weights file: say start_from=FILE")
         if self.network is not None:

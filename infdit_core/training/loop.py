@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from ..bench import matmul_rate
 from ..degradation import smallest_side
+from ..evaluation import grids
 from ..infdit.checkpoint import load_infdit, save_infdit
 from ..infdit.config import InfDiTConfig
 from ..infdit.lora import add_lora, merged_state, save_lora
@@ -260,6 +261,12 @@ def _network(config: TrainConfig) -> InfDiT:
     if config.data.crop % network.config.block_size:
         raise TrainingError(
             f"data.crop={config.data.crop}: it must be a multiple of {network.config.block_size}, the block"
+        )
+    unseen = grids(network.config)[-1]
+    if config.loss.perceptual and config.data.crop < 34 + unseen:
+        raise TrainingError(
+            f"data.crop={config.data.crop}: loss.perceptual needs at least 34 pixels, for what LPIPS looks at"
+            + (f", and {unseen} more, which the second grid of blocks doesn't reach" if unseen else "")
         )
     if unknown := [preset for preset in config.presets if preset not in network.config.presets]:
         raise TrainingError(f"presets={unknown}: the network has {', '.join(network.config.presets)}")

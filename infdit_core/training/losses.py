@@ -85,16 +85,15 @@ def with_prediction(batch: Batch, network: InfDiT) -> Batch:
 def blended(denoise: Callable[..., Tensor], network: InfDiTConfig) -> Callable[..., Tensor]:
     """`denoise`, blended from both grids of a network that has two: what is seen in the end.
 
-    The second begins half a patch earlier, but not half a block, which would take more of a crop: so patches meet as
-    they do in the end, and blocks don't.
+    Without the last pixels, which the second, as many blocks from half a block and half a patch before, doesn't reach.
     """
-    off = grids(network)[-1] % network.patch_size
+    off = grids(network)[-1]
     if not off:
         return denoise
 
     def with_moved(x: Tensor, by: int = off) -> Tensor:
-        height, width = x.shape[2] - by, x.shape[3] - by
-        return torch.cat([x, F.pad(x[:, :, :height, :width], (by, 0, by, 0), mode="reflect")])
+        height, width = x.shape[2:]
+        return torch.cat([x, F.pad(x, (by, 0, by, 0), mode="reflect")[:, :, :height, :width]])
 
     def twice(
         noisy: Tensor, sigma: Tensor, low_res: Tensor, *, upsampled: Tensor, semantic: Tensor | None, **options: Any
@@ -104,11 +103,8 @@ def blended(denoise: Callable[..., Tensor], network: InfDiTConfig) -> Callable[.
         semantic = None if semantic is None else semantic.repeat(2, 1)
         both = denoise(noisy, sigma.repeat(2), low_res, upsampled=upsampled, semantic=semantic, **options)
         first, second = both.chunk(2)
-        share = share_of_second((first.shape[2], first.shape[3]), network).to(first)[:-off, :-off]
-        inside = first[:, :, :-off, :-off].lerp(second[:, :, off:, off:], share)
-        # What the second grid doesn't reach is the first's.
-        below = torch.cat([inside, first[:, :, -off:, :-off]], 2)
-        return torch.cat([below, first[:, :, :, -off:]], 3)
+        first, second = first[:, :, :-off, :-off], second[:, :, off:, off:]
+        return first.lerp(second, share_of_second((first.shape[2], first.shape[3]), network).to(first))
 
     return twice
 
@@ -132,7 +128,7 @@ def loss_at(
     """
     given = {"upsampled": batch.upsampled, "semantic": batch.semantic, "direction": config.direction}
     denoised = blended(denoise, network)(noisy, sigma, batch.low_res, **given, **options)
-    original = batch.original
+    original = batch.original[:, :, : denoised.shape[2], : denoised.shape[3]]
     # A sampler's own noisy picture says no more about the original than pure noise does.
     weight = _weight(config, network, batch, sigma if own is None else torch.where(own, network.sigma_max, sigma))
     losses = denoising_loss(denoised, original, weight, config.power)
