@@ -56,6 +56,9 @@ def share_of_second(size: tuple[int, int], config: InfDiTConfig) -> Tensor:
 # Times what the low resolution has around beyond its rounding, and so much where that is smooth: of held photographs'
 # values 1 in 4000 has more detail, of those stored as JPEG 1 in 140.
 DETAIL, LEAST_DETAIL, ROUNDING = 6.0, 4 / 127.5, 0.5 / 127.5
+# What all low-resolution pixels of an area repeat inside them can't be known from them. Each speaks for so much at
+# most, or a line through some would leave its shadow in all.
+ALIKE = 4 / 127.5
 COLOUR_AREA = 16  # low-resolution pixels whose mean is known, from a JPEG too
 # Of smaller areas it is known but for this and what bends around. Of photographs stored as JPEG (quality 60, noise of
 # 5 levels) 1 in 30 areas is further off, by 1.5 levels in the mean; of clean ones none.
@@ -66,13 +69,14 @@ COLOUR, LEAST_COLOUR = 2.0, 1 / 127.5
 
 
 def keep_to(low_res: Tensor, estimate: Tensor) -> None:
-    """Take out of an estimate, in place, what its low resolution rules out: colour casts and stains, patterns on smooth
-    areas, colour on grey ones.
+    """Take out of an estimate, in place, what its low resolution rules out: colour casts and stains, what repeats in
+    every of its pixels, patterns on smooth areas, colour on grey ones.
 
     low_res: (B, 3, h, w) in [-1, 1]; estimate: (B, 3, H, W), the same enlarged.
     """
     low_res = low_res.to(estimate)
     (height, width), size = low_res.shape[2:], (estimate.shape[2], estimate.shape[3])
+    scale = size[0] // height
     areas, small = ((math.ceil(height / side), math.ceil(width / side)) for side in (COLOUR_AREA, STAIN_AREA))
     detail = F.interpolate(LEAST_DETAIL + DETAIL * (_bends(low_res) - ROUNDING).relu(), size, mode="bilinear")
     # Of small areas the plain mean, which is what is seen: bicubic ones leave it a third too large.
@@ -85,7 +89,9 @@ def keep_to(low_res: Tensor, estimate: Tensor) -> None:
         stains -= stains.clamp(-stain, stain)
         enlarged = resize(known, size)
         estimated.sub_(resize(cast, size)).sub_(resize(stains, size)).sub_(enlarged)
-        estimated.clamp_(-detail, detail).add_(enlarged)
+        alike = F.adaptive_avg_pool2d(F.pixel_unshuffle(estimated.clamp(-ALIKE, ALIKE), scale), areas)
+        alike = F.interpolate(alike - alike.mean(1, keepdim=True), (height, width), mode="bilinear")
+        estimated.sub_(F.pixel_shuffle(alike, scale)).clamp_(-detail, detail).add_(enlarged)
 
     tints = low_res - low_res.mean(1, keepdim=True)
     tint = F.interpolate(LEAST_COLOUR + COLOUR * _nearby(tints.abs().amax(1, keepdim=True)), size, mode="bilinear")

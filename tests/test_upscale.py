@@ -115,6 +115,10 @@ def test_settings_choose_the_evaluations(model: InfDiT, monkeypatch: pytest.Monk
     assert sigmas(preset="faithful", steps=2) == [2.0, 0.002, 0.002], "without a start: from the largest sigma"
 
 
+# From pixel to pixel, but not the same in one low-resolution pixel and the next.
+SIGNS = (-1.0) ** (torch.arange(96) + torch.arange(96) // 4)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (45, 61)])
 def test_no_colour_cast_is_kept(size: tuple[int, int]) -> None:
     low_res = image(*size).permute(0, 3, 1, 2) - 0.5
@@ -130,12 +134,26 @@ def test_patterns_are_kept_only_where_the_low_resolution_has_detail() -> None:
     low_res = torch.zeros(1, 3, 24, 24)
     low_res[..., 12:] = 0.5 * image(24, 12).permute(0, 3, 1, 2)
     bicubic = resize(low_res, (96, 96))
-    pattern = 0.1 * (-1.0) ** torch.arange(96)
-    estimate = bicubic + pattern
+    estimate = bicubic + 0.1 * SIGNS
     keep_to(low_res, estimate)
     kept = (estimate - bicubic).abs()
     assert torch.allclose(kept[..., 8:36], torch.tensor(LEAST_DETAIL), atol=0.002)
     assert torch.allclose(kept[..., 52:], torch.tensor(0.1), atol=0.01)
+
+
+def test_what_repeats_in_every_low_resolution_pixel_goes() -> None:
+    """But not in the shadow of a line through some of them."""
+    low_res, pattern = torch.zeros(1, 3, 24, 24), 0.02 * torch.tensor([1.0, -1, -1, 1]).repeat(24)
+    estimate = low_res.new_zeros(1, 3, 96, 96) + pattern
+    keep_to(low_res, estimate)
+    assert estimate.abs().max() < 1e-4
+    low_res[:, :, 12] = 0.25  # of a line of 1 px
+    original = torch.zeros(1, 3, 96, 96)
+    original[:, :, 49] = 1
+    estimate = original + pattern
+    keep_to(low_res, estimate)
+    assert (estimate - original)[:, :, 8:40].abs().max() < 0.2 * 0.02
+    assert estimate[:, :, 49].min() > 0.95
 
 
 def test_stains_stay_below_what_the_low_resolution_has_around() -> None:
@@ -158,7 +176,7 @@ def test_grey_gets_no_colour() -> None:
     low_res = 0.5 * image(24, 24, channels=1).permute(0, 3, 1, 2).expand(1, 3, 24, 24).clone()
     low_res[:, 0, :, 12:] += 0.3
     bicubic = resize(low_res, (96, 96))
-    estimate = bicubic + 0.1 * torch.tensor([1.0, -1.0, 0.0])[:, None, None] * (-1.0) ** torch.arange(96)
+    estimate = bicubic + 0.1 * torch.tensor([1.0, -1.0, 0.0])[:, None, None] * SIGNS
     keep_to(low_res, estimate)
     kept = estimate - bicubic
     colour = (kept - kept.mean(1, keepdim=True)).abs().amax(1)
