@@ -56,10 +56,10 @@ def share_of_second(size: tuple[int, int], config: InfDiTConfig) -> Tensor:
 # Times what the low resolution has around beyond its rounding, and so much where that is smooth: of held photographs'
 # values 1 in 4000 has more detail, of those stored as JPEG 1 in 140.
 DETAIL, LEAST_DETAIL, ROUNDING = 6.0, 4 / 127.5, 0.5 / 127.5
-# What all low-resolution pixels of an area repeat inside them can't be known from them. Each speaks for so much at
-# most, or a line through some would leave its shadow in all.
+# What all low-resolution pixels of an area repeat inside them is the network's, not the picture's. Values count up to
+# this, or a line through a few pixels would leave its shadow in all.
 ALIKE = 4 / 127.5
-COLOUR_AREA = 16  # low-resolution pixels whose mean is known, from a JPEG too
+COLOUR_AREA = 16  # low-resolution pixels whose mean is known, from a JPEG too; and an area as said above
 # Of smaller areas it is known but for this and what bends around. Of photographs stored as JPEG (quality 60, noise of
 # 5 levels) 1 in 30 areas is further off, by 1.5 levels in the mean; of clean ones none.
 STAIN_AREA, STAIN = 2, 1 / 127.5

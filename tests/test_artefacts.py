@@ -314,7 +314,7 @@ def test_checkers_get_no_tint(preset: str) -> None:
     assert tint(result - bicubic) < 4
 
 
-@pytest.mark.parametrize(("preset", "bound"), [("faithful", 25), ("balanced", 11)])
+@pytest.mark.parametrize(("preset", "bound"), [("faithful", 7), ("balanced", 4)])
 def test_grass_gets_no_screen(preset: str, bound: float) -> None:
     original, _, result = upscaled("grass", preset)
     assert screen(original) < 1.5

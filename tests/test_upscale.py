@@ -142,7 +142,7 @@ def test_patterns_are_kept_only_where_the_low_resolution_has_detail() -> None:
 
 
 def test_what_repeats_in_every_low_resolution_pixel_goes() -> None:
-    """But not in the shadow of a line through some of them."""
+    """Beside a line too, which is neither dimmed nor leaves a trace."""
     low_res, pattern = torch.zeros(1, 3, 24, 24), 0.02 * torch.tensor([1.0, -1, -1, 1]).repeat(24)
     estimate = low_res.new_zeros(1, 3, 96, 96) + pattern
     keep_to(low_res, estimate)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..diffusion import edm
 from ..evaluation import grids, share_of_second
+from ..images import pad_by_reflection
 from ..infdit.config import InfDiTConfig
 from ..infdit.model import InfDiT
 from ..metrics import Lpips
@@ -85,20 +86,21 @@ def with_prediction(batch: Batch, network: InfDiT) -> Batch:
 def blended(denoise: Callable[..., Tensor], network: InfDiTConfig) -> Callable[..., Tensor]:
     """`denoise`, blended from both grids of a network that has two: what is seen in the end.
 
-    Without the last pixels, which the second, as many blocks from half a block and half a patch before, doesn't reach.
+    The second grid begins half a block and half a patch before the crop and has as many blocks, so it ends that much
+    earlier: the crop's last pixels are left out, and (B, C, H, W) comes back so much smaller.
     """
     off = grids(network)[-1]
     if not off:
         return denoise
 
-    def with_moved(x: Tensor, by: int = off) -> Tensor:
+    def with_moved(x: Tensor, by: int) -> Tensor:
         height, width = x.shape[2:]
-        return torch.cat([x, F.pad(x, (by, 0, by, 0), mode="reflect")[:, :, :height, :width]])
+        return torch.cat([x, pad_by_reflection(x, height + by, width + by, by)[:, :, :height, :width]])
 
     def twice(
         noisy: Tensor, sigma: Tensor, low_res: Tensor, *, upsampled: Tensor, semantic: Tensor | None, **options: Any
     ) -> Tensor:
-        noisy, upsampled = with_moved(noisy), with_moved(upsampled)
+        noisy, upsampled = with_moved(noisy, off), with_moved(upsampled, off)
         low_res = with_moved(low_res, off // network.scale)  # rounded as `evaluation.denoise` does
         semantic = None if semantic is None else semantic.repeat(2, 1)
         both = denoise(noisy, sigma.repeat(2), low_res, upsampled=upsampled, semantic=semantic, **options)
@@ -121,14 +123,16 @@ def loss_at(
     shift: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> Tensor:
-    """Loss (B,) of one evaluation at given noise levels (B,).
+    """Loss (B,) of one evaluation at given noise levels (B,), of what both grids of blocks reach.
 
     own: (B,) true where the noise is on the upsampled picture. lpips: for config.perceptual; both pictures move by
     `shift` pixels before it. options: more for `denoise`.
     """
     given = {"upsampled": batch.upsampled, "semantic": batch.semantic, "direction": config.direction}
     denoised = blended(denoise, network)(noisy, sigma, batch.low_res, **given, **options)
-    original = batch.original[:, :, : denoised.shape[2], : denoised.shape[3]]
+    seen = (..., slice(denoised.shape[2]), slice(denoised.shape[3]))
+    batch = batch._replace(original=batch.original[seen], upsampled=batch.upsampled[seen])
+    original = batch.original
     # A sampler's own noisy picture says no more about the original than pure noise does.
     weight = _weight(config, network, batch, sigma if own is None else torch.where(own, network.sigma_max, sigma))
     losses = denoising_loss(denoised, original, weight, config.power)
