@@ -70,7 +70,7 @@ COLOUR, LEAST_COLOUR = 2.0, 1 / 127.5
 
 def keep_to(low_res: Tensor, estimate: Tensor) -> None:
     """Take out of an estimate, in place, what its low resolution rules out: colour casts and stains, what repeats in
-    every of its pixels, patterns on smooth areas, colour on grey ones.
+    every one of its pixels, patterns on smooth areas, colour on grey ones.
 
     low_res: (B, 3, h, w) in [-1, 1]; estimate: (B, 3, H, W), the same enlarged.
     """

@@ -215,14 +215,14 @@ def pad_by_reflection(x: Tensor, height: int, width: int, before: int = 0) -> Te
     """Continue (B, C, h, w) by reflection at its edges, as often as it takes, to (B, C, height, width).
 
     The outermost pixels come twice: so a picture and the same one enlarged go on alike. before: pixels that come on the
-    left and on top; the rest comes on the other sides.
+    left and on top; the rest comes on the other sides, or is cut off there.
     """
 
     def reflected(length: int, target: int) -> Tensor:
         index = torch.arange(-before, target - before, device=x.device) % (2 * length)
         return torch.where(index < length, index, 2 * length - 1 - index)
 
-    if tuple(x.shape[2:]) == (height, width):
+    if not before and tuple(x.shape[2:]) == (height, width):
         return x
     return x[:, :, reflected(x.shape[2], height)][..., reflected(x.shape[3], width)]
 

@@ -94,8 +94,7 @@ def blended(denoise: Callable[..., Tensor], network: InfDiTConfig) -> Callable[.
         return denoise
 
     def with_moved(x: Tensor, by: int) -> Tensor:
-        height, width = x.shape[2:]
-        return torch.cat([x, pad_by_reflection(x, height + by, width + by, by)[:, :, :height, :width]])
+        return torch.cat([x, pad_by_reflection(x, x.shape[2], x.shape[3], by)])
 
     def twice(
         noisy: Tensor, sigma: Tensor, low_res: Tensor, *, upsampled: Tensor, semantic: Tensor | None, **options: Any
