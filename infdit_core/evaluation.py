@@ -81,6 +81,7 @@ def keep_to(low_res: Tensor, estimate: Tensor) -> None:
     detail = F.interpolate(LEAST_DETAIL + DETAIL * (_bends(low_res) - ROUNDING).relu(), size, mode="bilinear")
     # Of small areas the plain mean, which is what is seen: bicubic ones leave it a third too large.
     stain = STAIN + _bends(F.adaptive_avg_pool2d(low_res, small))
+    certain = 1 - areas[0] * areas[1] / (height * width)  # in a single pixel nothing repeats
     for channel in range(estimate.shape[1]):  # one by one takes less memory
         known, estimated = low_res[:, channel : channel + 1], estimate[:, channel : channel + 1]
         off = resize(estimated, (height, width)).clamp_(-1, 1) - known
@@ -91,7 +92,7 @@ def keep_to(low_res: Tensor, estimate: Tensor) -> None:
         estimated.sub_(resize(cast, size)).sub_(resize(stains, size)).sub_(enlarged)
         alike = F.adaptive_avg_pool2d(F.pixel_unshuffle(estimated.clamp(-ALIKE, ALIKE), scale), areas)
         alike = F.interpolate(alike - alike.mean(1, keepdim=True), (height, width), mode="bilinear")
-        estimated.sub_(F.pixel_shuffle(alike, scale)).clamp_(-detail, detail).add_(enlarged)
+        estimated.sub_(F.pixel_shuffle(certain * alike, scale)).clamp_(-detail, detail).add_(enlarged)
 
     tints = low_res - low_res.mean(1, keepdim=True)
     tint = F.interpolate(LEAST_COLOUR + COLOUR * _nearby(tints.abs().amax(1, keepdim=True)), size, mode="bilinear")

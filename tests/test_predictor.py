@@ -21,9 +21,18 @@ SIZES = {"predictor_width": 6, "predictor_depth": 2, "parametrisation": "residua
 SEEN = 2 * 2 + 2  # pixels around one that two blocks, the head and the tail look at
 
 
+CONDITIONED = SIZES | {"predictor_condition": 5}
+
+
 @pytest.fixture(scope="module")
 def model(tiny_model: MakeModel) -> InfDiT:
     return tiny_model(**SIZES)
+
+
+@pytest.fixture(scope="module")
+def conditioned(tiny_model: MakeModel) -> InfDiT:
+    """Told how its low resolution was degraded."""
+    return tiny_model(**CONDITIONED)
 
 
 def low_res(height: int, width: int) -> torch.Tensor:
@@ -40,7 +49,34 @@ def test_tiles_change_nothing(
     assert_close(model.predict(low_res(*size)), whole, 1e-5)
 
 
-def test_a_pixel_looks_as_far_as_is_said(model: InfDiT) -> None:
+@pytest.mark.parametrize("size", [(9, 20), (1, 1)])
+def test_a_condition_is_the_whole_pictures(
+    conditioned: InfDiT, monkeypatch: pytest.MonkeyPatch, assert_close: CloseTo, size: tuple[int, int]
+) -> None:
+    whole = conditioned.predict(low_res(*size))
+    monkeypatch.setattr(predictor, "TILE", 8)
+    assert_close(conditioned.predict(low_res(*size)) / whole.abs().max(), whole / whole.abs().max(), 1e-5)
+
+
+def test_what_lies_far_away_changes_a_condition_alone(conditioned: InfDiT, model: InfDiT) -> None:
+    """Of two pictures that are the same on the left."""
+    for network, told in ((conditioned, True), (model, False)):
+        first = low_res(16, 64)
+        second = first.clone()
+        second[:, :, :, 32:] = 0
+        left = (..., slice(64))
+        assert torch.allclose(network.predict(first)[left], network.predict(second)[left], atol=1e-5) != told
+
+
+def test_level_and_slope_are_no_condition(conditioned: InfDiT) -> None:
+    """Only what differs from the mean around counts: a flat picture's condition is that of any other."""
+    assert conditioned.predictor is not None
+    flat = [torch.full((1, 3, 9, 9), level) for level in (-0.5, 0.7)]
+    first, second = (conditioned.predictor.condition_of(x, x.device, x.dtype) for x in flat)
+    assert first is not None and second is not None and torch.allclose(first, second, atol=1e-4)
+
+
+def test_a_looks_as_far_as_is_said(model: InfDiT) -> None:
     """Too small a radius would make seams between tiles, too large a one wastes work."""
     assert model.predictor is not None and model.predictor.radius == SEEN
     picture = low_res(32, 32).requires_grad_()
@@ -124,13 +160,14 @@ def test_no_evaluation_is_spent_on_a_first_picture(tiny_model: MakeModel) -> Non
     assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
 
 
-def test_files_hold_it(model: InfDiT, tmp_path: Path) -> None:
-    path = tmp_path / "own.safetensors"
+@pytest.mark.parametrize(("condition", "told"), [(0, ""), (5, ", told the degradation in 5 numbers")])
+def test_files_hold_it(tiny_model: MakeModel, tmp_path: Path, condition: int, told: str) -> None:
+    path, model = tmp_path / "own.safetensors", tiny_model(**SIZES, predictor_condition=condition)
     save_infdit(path, model, torch.float32)
     again = load_infdit(path)
     assert again.config == model.config
     assert torch.equal(again.predict(low_res(8, 8)), model.predict(low_res(8, 8)))
-    assert describe(open_weights(path))["predictor"] == "2 residual blocks, width 6"
+    assert describe(open_weights(path))["predictor"] == "2 residual blocks, width 6" + told
 
 
 def test_a_file_that_lacks_a_part_of_it_is_refused(model: InfDiT, tmp_path: Path) -> None:
@@ -143,6 +180,11 @@ def test_a_file_that_lacks_a_part_of_it_is_refused(model: InfDiT, tmp_path: Path
     save_file(tensors, path, dict(metadata))
     with pytest.raises(WeightsError, match=r"missing: predictor\.blocks\.1\.conv_out\.bias"):
         load_infdit(path)
+
+
+def test_a_condition_needs_a_predictor() -> None:
+    with pytest.raises(ValueError, match=r"predictor_condition is 5, but there is no predictor"):
+        InfDiTConfig(predictor_condition=5).check()
 
 
 @pytest.mark.parametrize("sizes", [(6, 0), (0, 2), (-1, -1)])

@@ -652,19 +652,23 @@ def test_the_first_stage_goes_on_where_it_stopped(
     assert_same_state(tmp_path, predicting, 10)
 
 
-def test_a_predictor_made_deeper_starts_with_the_same_answers(
+def test_a_predictor_made_deeper_and_conditioned_starts_with_the_same_answers(
     predicting: Path, tiny: list[str], tmp_path: Path, assert_close: CloseTo
 ) -> None:
-    start, deeper = predicting / "weights.safetensors", [*tiny, *PREDICTOR, "network.predictor_depth=3", "steps=4"]
+    start, sizes = predicting / "weights.safetensors", ["network.predictor_depth=3", "network.predictor_condition=2"]
+    deeper = [*tiny, *PREDICTOR, *sizes, "steps=4"]
     first, low_res = [*deeper, "stage=predictor", f"start_from={start}"], torch.linspace(-1, 1, 189).view(1, 3, 9, 7)
     before = load_infdit(start).predict(low_res)
     train(*first, f"out={tmp_path / 'still'}", "optimizer.learning_rate=1e-12")
     still = load_infdit(tmp_path / "still" / "weights.safetensors")
-    assert still.config.predictor_depth == 3
+    assert (still.config.predictor_depth, still.config.predictor_condition) == (3, 2)
     assert_close(still.predict(low_res), before, 1e-6)
     train(*first, f"out={tmp_path / 'learnt'}", RATE)
     learnt = weights(tmp_path / "learnt" / "weights.safetensors")
     assert learnt["predictor.blocks.1.conv_out.weight"].any() and learnt["predictor.blocks.2.conv_out.weight"].any()
+    assert learnt["predictor.blocks.0.modulation.weight"].any()
+    first_of_it = "predictor.condition.0.weight"
+    assert not torch.equal(learnt[first_of_it], weights(tmp_path / "still" / "weights.safetensors")[first_of_it])
     with pytest.raises(ValueError, match="predictor_depth 1 instead of 3"):
         train(*deeper, f"start_from={start}", f"out={tmp_path / 'second'}")
 

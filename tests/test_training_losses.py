@@ -21,9 +21,11 @@ from infdit_core.metrics import Lpips
 from infdit_core.training.config import LossConfig
 from infdit_core.training.data import Batch
 from infdit_core.training.losses import (
+    CONDITION,
     NEAR_ENOUGH,
     LossMeter,
     blended,
+    condition_loss,
     loss_at,
     overshoot,
     prediction_loss,
@@ -146,6 +148,25 @@ def test_the_prediction_loss_is_psnr_up_to_scale(batch: Batch) -> None:
     torch.testing.assert_close(losses, math.log(2) - psnr * math.log(10) / 20, atol=1e-3, rtol=0)
     perfect = prediction_loss(lambda low_res, margin: batch.original, 4, batch)
     assert perfect.isfinite().all() and perfect.max() < losses.min() - 3
+
+
+def test_a_condition_learns_what_the_low_resolution_lost(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By log(1 + levels), and at a margin around the crop too, which isn't judged."""
+    sizes = {"predictor_width": 4, "predictor_depth": 1, "parametrisation": "residual"}
+    predictor, plain = (tiny_model(**sizes, predictor_condition=n).predictor for n in (3, 0))
+    assert predictor is not None and plain is not None
+    original = torch.zeros(2, 3, 32, 32)
+    low_res = torch.zeros(2, 3, 12, 12)
+    low_res[1] = 20 / 127.5
+    low_res[:, :, :2] = 1  # around the crop
+    batch = Batch(original, low_res, original)
+    said = torch.tensor([[0.5, 9, 9], [0.5, 9, 9]])
+    monkeypatch.setattr(predictor, "condition_of", lambda *_: said)
+    expected = CONDITION * torch.tensor([0.5, math.log(21) - 0.5])
+    torch.testing.assert_close(condition_loss(predictor, 4, batch), expected)
+    assert not condition_loss(plain, 4, batch).any()
 
 
 # --- what is replaced

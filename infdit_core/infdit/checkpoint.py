@@ -44,6 +44,10 @@ def require_infdit(file: WeightsFile) -> None:
         raise WeightsError(f"{file.path} is not an Inf-DiT file: its tensors start with {some}")
 
 
+def _keys(config: InfDiTConfig) -> dict[str, str]:
+    return key_table(config.num_layers, config.predictor_depth, bool(config.predictor_condition))
+
+
 def read_config(file: WeightsFile) -> InfDiTConfig:
     """Hyper-parameters from shapes, and from metadata what shapes don't say. Raises WeightsError."""
     try:
@@ -79,6 +83,8 @@ def read_config(file: WeightsFile) -> InfDiTConfig:
             settings["predictor_depth"] = len(
                 {name.split(".")[2] for name in file.shapes if name.startswith("predictor.blocks.")}
             )
+        if "predictor.condition.0.weight" in file.shapes:
+            settings["predictor_condition"] = file.shapes["predictor.condition.0.weight"][0]
         if ROPE_TABLES[0] in file.shapes:
             settings["rope_side"] = file.shapes[ROPE_TABLES[0]][0]
         said = dict(json.loads(file.metadata.get("config", "{}")))
@@ -103,7 +109,7 @@ def unused_keys(file: WeightsFile, config: InfDiTConfig) -> dict[str, str]:
 
     Raises WeightsError that names what is missing, unknown or of another shape.
     """
-    table = key_table(config.num_layers, config.predictor_depth)
+    table = _keys(config)
     unused = {name: why for name, why in dropped_keys(config.num_layers).items() if name in file.shapes}
     unused |= {name: "CLIP image tower" for name in file.shapes if name.startswith(CLIP_PREFIX)}
     expected = {name: tuple(t.shape) for name, t in InfDiT(config, device="meta").state_dict().items()}
@@ -138,10 +144,7 @@ def load_infdit(
     config = read_config(file)
     unused_keys(file, config)
     model = InfDiT(config, operations=operations, device="meta")
-    state = {
-        code: file.read(disk).to(device=device, dtype=dtype, copy=True)
-        for disk, code in key_table(config.num_layers, config.predictor_depth).items()
-    }
+    state = {code: file.read(disk).to(device=device, dtype=dtype, copy=True) for disk, code in _keys(config).items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -161,7 +164,7 @@ def save_infdit(
 ) -> None:
     """Write a network under the published names, atomically, a LoRA merged; `metadata` is added to the file's own."""
     state = merged_state(model)
-    table = key_table(model.config.num_layers, model.config.predictor_depth)
+    table = _keys(model.config)
     layout = {disk: (tuple(state[code].shape), dtype) for disk, code in table.items()}
 
     def tensors() -> Iterator[Tensor]:
@@ -178,7 +181,7 @@ def describe(file: WeightsFile) -> dict[str, str]:
     require_infdit(file)
     config = read_config(file)
     unused = unused_keys(file, config)
-    used = key_table(config.num_layers, config.predictor_depth)
+    used = _keys(config)
     parameters = sum(math.prod(file.shapes[name]) for name in used)
     precisions = sorted({str(file.dtypes[name]).removeprefix("torch.") for name in used})
     tower = [name for name in unused if name.startswith(CLIP_PREFIX)]
@@ -187,6 +190,7 @@ def describe(file: WeightsFile) -> dict[str, str]:
         "network": f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_heads} heads, "
         f"block {config.block_size} px, patch {config.patch_size} px",
         "predictor": f"{config.predictor_depth} residual blocks, width {config.predictor_width}"
+        + (f", told the degradation in {config.predictor_condition} numbers" if config.predictor_condition else "")
         if config.predictor_depth
         else "none: bicubic",
         "parameters": f"{parameters:,}",

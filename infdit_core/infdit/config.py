@@ -48,7 +48,7 @@ PUBLISHED_PRESETS = {"faithful": Preset(1), "balanced": Preset(20), "detailed": 
 class InfDiTConfig:
     """Hyper-parameters of one Inf-DiT network. The defaults are the published network's.
 
-    Everything down to `predictor_depth` follows from the shapes of a weights file; what stands below it doesn't,
+    Everything down to `predictor_condition` follows from the shapes of a weights file; what stands below it doesn't,
     and comes from the file's metadata (a published file has none: the defaults are what it was trained with).
     """
 
@@ -62,6 +62,7 @@ class InfDiTConfig:
     time_channels: int = 192
     predictor_width: int = 0  # channels of the convolutional network that gives a first picture; 0: that is bicubic
     predictor_depth: int = 0  # of its residual blocks
+    predictor_condition: int = 0  # numbers that tell it how the low resolution was degraded; 0: nothing does
 
     rope_side: int = 1024  # positions wrap after so many patches
     parametrisation: Parametrisation = "picture"  # what is diffused: the picture, or its residual to the upsampled LR
@@ -121,6 +122,8 @@ class InfDiTConfig:
             raise ValueError(
                 f"predictor_width and predictor_depth are {predictor}: both at least 1, or both 0 for none"
             )
+        if self.predictor_condition and not self.predictor_depth:
+            raise ValueError(f"predictor_condition is {self.predictor_condition}, but there is no predictor")
         if self.grids not in (1, 2):
             raise ValueError(f"grids is {self.grids}: it must be 1 or 2")
         if any(preset.steps < 1 for preset in self.presets.values()):

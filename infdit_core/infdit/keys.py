@@ -34,6 +34,8 @@ _LAYER_MODULES = {
 # The predictor's, which the published file doesn't have, are called the same in both.
 _PREDICTOR_ENDS = ("predictor.head", "predictor.tail")
 _PREDICTOR_BLOCK = ("predictor.blocks.{}.conv_in", "predictor.blocks.{}.conv_out")
+_PREDICTOR_CONDITION = tuple(f"predictor.condition.{i}" for i in range(3))
+_PREDICTOR_MODULATION = "predictor.blocks.{}.modulation"
 _PARAMETERS = {
     ADALN + "re_pos_embed": "neighbour_position",
     ADALN + "lr_query_position_embedding": "lr_query_position",
@@ -48,12 +50,14 @@ _DROPPED = {
 ROPE_TABLES = (ADALN + "rope.freqs_cos", ADALN + "rope.freqs_sin")  # computed instead
 
 
-def key_table(num_layers: int, predictor_depth: int = 0) -> dict[str, str]:
-    """Name on disk -> name in the code, of every tensor that is used."""
+def key_table(num_layers: int, predictor_depth: int = 0, conditioned: bool = False) -> dict[str, str]:
+    """Name on disk -> name in the code, of every tensor that is used. conditioned: whether the predictor is."""
     modules = dict(_MODULES)
     if predictor_depth:
-        modules |= {name: name for name in _PREDICTOR_ENDS}
-        modules |= {name.format(i): name.format(i) for name in _PREDICTOR_BLOCK for i in range(predictor_depth)}
+        ends = _PREDICTOR_ENDS + (_PREDICTOR_CONDITION if conditioned else ())
+        block = (*_PREDICTOR_BLOCK, _PREDICTOR_MODULATION) if conditioned else _PREDICTOR_BLOCK
+        modules |= {name: name for name in ends}
+        modules |= {name.format(i): name.format(i) for name in block for i in range(predictor_depth)}
     for disk, code in _LAYER_MODULES.items():
         modules |= {disk.format(i): code.format(i) for i in range(num_layers)}
     table = {f"{disk}.{part}": f"{code}.{part}" for disk, code in modules.items() for part in ("weight", "bias")}

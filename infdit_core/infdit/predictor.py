@@ -2,11 +2,13 @@
 
 A convolutional network learns much faster than a transformer which picture is nearest to all those that the low
 resolution allows. Residual blocks without normalisation (EDSR, arXiv 1707.02921) at the low resolution, then sub-pixel
-convolution (arXiv 1609.05158); the answer is added to the bicubically upsampled picture.
+convolution (arXiv 1609.05158); the answer is added to the bicubically upsampled picture. One network for clean and
+degraded pictures smooths the former, so it is told how the picture was degraded, as in CMDSR (arXiv 2104.03926): a
+vector of the whole picture, and from it a factor for every input channel of the blocks' convolutions.
 """
 
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Iterator
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -14,20 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CHANNELS, InfDiTConfig
+from .streaming import pixels
 
+SHARPER = 16.0  # noise and JPEG show in what differs from the mean around, by some levels of 255
 TILE = 128  # low-resolution pixels along a side, without what is looked at around
 
 
 class Block(nn.Module):
-    """x + conv(relu(conv(x)))."""
+    """x + conv(relu(conv(x))), the input channels of both convolutions multiplied by what the condition says."""
 
-    def __init__(self, width: int, operations: Any, **factory: Any) -> None:
+    def __init__(self, width: int, condition: int, operations: Any, **factory: Any) -> None:
         super().__init__()
         self.conv_in = operations.Conv2d(width, width, 3, padding=1, **factory)
         self.conv_out = operations.Conv2d(width, width, 3, padding=1, **factory)
+        self.modulation = operations.Linear(condition, 2 * width, **factory) if condition else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv_out(F.relu(self.conv_in(x)))
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) and (B, size) -> (B, C, h, w)."""
+        if self.modulation is None:
+            return x + self.conv_out(F.relu(self.conv_in(x)))
+        first, second = (1 + self.modulation(condition))[..., None, None].chunk(2, dim=1)
+        return x + self.conv_out(F.relu(self.conv_in(x * first)) * second)
 
 
 class Predictor(nn.Module):
@@ -35,11 +44,13 @@ class Predictor(nn.Module):
 
     def __init__(self, config: InfDiTConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
-        width = config.predictor_width
+        width, size = config.predictor_width, config.predictor_condition
         self.scale = config.scale
         self.head = operations.Conv2d(CHANNELS, width, 3, padding=1, **factory)
-        self.blocks = nn.ModuleList(Block(width, operations, **factory) for _ in range(config.predictor_depth))
+        self.blocks = nn.ModuleList(Block(width, size, operations, **factory) for _ in range(config.predictor_depth))
         self.tail = operations.Conv2d(width, CHANNELS * config.scale**2, 3, padding=1, **factory)
+        widths = (CHANNELS, size, size, size) if size else ()
+        self.condition = nn.ModuleList(operations.Conv2d(a, b, 3, padding=1, **factory) for a, b in pairwise(widths))
 
     @property
     def radius(self) -> int:
@@ -52,12 +63,28 @@ class Predictor(nn.Module):
         weight = self.head.weight
         return 3 * weight.shape[0] * weight.dtype.itemsize * (TILE + 2 * self.radius) ** 2
 
-    def forward(self, low_res: Tensor) -> Tensor:
-        """(B, 3, h, w) in [-1, 1] -> (B, 3, h * scale, w * scale)."""
+    def forward(self, low_res: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(B, 3, h, w) in [-1, 1] and what `condition_of` says -> (B, 3, h * scale, w * scale)."""
         x = self.head(low_res.contiguous(memory_format=torch.channels_last))  # the faster layout
         for block in self.blocks:
-            x = block(x)
+            x = block(x, condition)
         return F.pixel_shuffle(self.tail(x), self.scale)
+
+    def condition_of(self, low_res: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """How (B, 3, h, w) was degraded: features' mean over the picture, (B, size); None for weights without.
+
+        Computed on `device` tile by tile.
+        """
+        if not self.condition:
+            return None
+        sums = []
+        for _, seen, inside in _tiles(low_res, len(self.condition) + 1):
+            x = low_res[_window(seen)].to(device=device, dtype=dtype)
+            x = SHARPER * (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+            for convolution in self.condition:
+                x = F.relu(convolution(x))
+            sums.append(x[_window(inside)].float().sum((2, 3)))
+        return (torch.stack(sums).sum(0) / (low_res.shape[2] * low_res.shape[3])).to(dtype)
 
     def add_to(
         self,
@@ -73,16 +100,32 @@ class Predictor(nn.Module):
         turns: of so many quarter turns of the picture the mean answer, turned back, is added (EDSR's self-ensemble).
         on_tile(done, total) is called after every tile.
         """
-        corners = list(product(range(0, low_res.shape[2], TILE), range(0, low_res.shape[3], TILE)))
-        for done, (top, left) in enumerate(corners, 1):
-            start_y, start_x = max(0, top - self.radius), max(0, left - self.radius)
-            stop_y, stop_x = top + TILE + self.radius, left + TILE + self.radius
-            seen = low_res[:, :, start_y:stop_y, start_x:stop_x].to(device=device, dtype=dtype)
-            answers = [self(torch.rot90(seen, turn, (2, 3))) for turn in range(turns)]
+        condition, tiles = self.condition_of(low_res, device, dtype), _tiles(low_res, self.radius)
+        for done, (part, seen, inside) in enumerate(tiles, 1):
+            picture = low_res[_window(seen)].to(device=device, dtype=dtype)
+            answers = [self(torch.rot90(picture, turn, (2, 3)), condition) for turn in range(turns)]
             answer = torch.stack([torch.rot90(x.float(), -turn, (2, 3)) for turn, x in enumerate(answers)]).mean(0)
-            y, x, side = ((top - start_y) * self.scale, (left - start_x) * self.scale, TILE * self.scale)
-            answer = answer[:, :, y : y + side, x : x + side]
-            y, x = top * self.scale, left * self.scale
-            upsampled[:, :, y : y + side, x : x + side] += answer.to(upsampled)
+            upsampled[_window(part, self.scale)] += answer[_window(inside, self.scale)].to(upsampled)
             if on_tile is not None:
-                on_tile(done, len(corners))
+                on_tile(done, len(tiles))
+
+
+Area = tuple[range, range]  # rows and columns of low-resolution pixels
+
+
+def _tiles(low_res: Tensor, radius: int) -> list[list[Area]]:
+    """Parts of a picture: each, what is looked at for it, `radius` pixels around too, and where in that it lies."""
+
+    def along(length: int) -> Iterator[tuple[range, range, range]]:
+        for start in range(0, length, TILE):
+            part = range(start, min(start + TILE, length))
+            seen = range(max(0, part.start - radius), min(length, part.stop + radius))
+            yield part, seen, range(part.start - seen.start, part.stop - seen.start)
+
+    pairs = product(along(low_res.shape[2]), along(low_res.shape[3]))
+    return [list(zip(rows, cols, strict=True)) for rows, cols in pairs]
+
+
+def _window(area: Area, scale: int = 1) -> Any:
+    """Indices of an area in a picture `scale` times as large."""
+    return (..., *(pixels(part, scale) for part in area))

@@ -38,7 +38,7 @@ from . import checkpoints
 from .config import TrainConfig, differences, parse, save
 from .data import Batch, Crops, PictureFile, Skipped, decodable, find_pictures, loader, reduce
 from .logs import Log
-from .losses import LossMeter, prediction_loss, training_loss, with_prediction
+from .losses import LossMeter, condition_loss, prediction_loss, training_loss, with_prediction
 from .optimizers import flatten_kernels, learning_rate, optimizers
 from .validation import Held, contact_sheet, held_crops, test, validate
 
@@ -235,11 +235,12 @@ def _network(config: TrainConfig) -> InfDiT:
         network = load_infdit(None if config.start_from == "default" else config.start_from)
         found, wanted = network.config, config.network or network.config
         changes: dict[str, Any] = {"presets": wanted.presets, "grids": wanted.grids}
-        grows = config.stage == "predictor" and 0 < found.predictor_depth < wanted.predictor_depth
+        grows = config.stage == "predictor" and 0 < found.predictor_depth <= wanted.predictor_depth
+        grows = grows and found.predictor_condition in (0, wanted.predictor_condition)
         if network.predictor is None:
-            changes |= {"predictor_width": wanted.predictor_width, "predictor_depth": wanted.predictor_depth}
-        elif grows:
-            changes |= {"predictor_depth": wanted.predictor_depth}
+            changes |= {"predictor_width": wanted.predictor_width}
+        if network.predictor is None or grows:
+            changes |= {size: getattr(wanted, size) for size in ("predictor_depth", "predictor_condition")}
         if wrong := differences(wanted, replace(found, **changes)):
             said = ", ".join(f"{key} {b} instead of {a}" for key, (a, b) in wrong.items())
             raise TrainingError(f"{config.start_from} holds another network: {said}. Say network=null to take that one")
@@ -248,7 +249,7 @@ def _network(config: TrainConfig) -> InfDiT:
                 raise TrainingError(f"{config.start_from} holds no predictor: {_UNTRAINED}")
             network.predictor = _fresh(wanted, generator).predictor
         elif grows:
-            network.predictor = _deeper(network.predictor, _fresh(wanted, generator).predictor)
+            network.predictor = _grown(network.predictor, _fresh(wanted, generator).predictor)
         network.config = wanted
         network.train().requires_grad_(True)
     else:
@@ -303,8 +304,9 @@ def _fresh(config: InfDiTConfig, generator: torch.Generator) -> InfDiT:
     return network
 
 
-def _deeper(predictor: Predictor | None, fresh: Predictor | None) -> Predictor:
-    """`fresh` with the weights of a shallower one, whose answers it gives: what it has more of adds nothing yet."""
+def _grown(predictor: Predictor | None, fresh: Predictor | None) -> Predictor:
+    """`fresh` with the weights of a shallower or unconditioned one, whose answers it gives: what it has more of adds
+    and changes nothing yet."""
     assert predictor is not None and fresh is not None
     silent = {name: torch.zeros_like(x) if ".conv_out." in name else x for name, x in fresh.state_dict().items()}
     fresh.load_state_dict(silent | predictor.state_dict())
@@ -463,8 +465,10 @@ def _step(
         with fabric.no_backward_sync(model, enabled=number + 1 < config.accumulate):
             given = state.network.config
             if config.stage == "predictor":
+                assert state.network.predictor is not None
                 with fabric.autocast():  # only `forward` has its own
                     losses = prediction_loss(model.predict, given.scale, batch)
+                    losses = losses + condition_loss(state.network.predictor, given.scale, batch)
                 sigma = torch.full_like(losses, given.sigma_max)  # the log calls it loss_mean
             else:
                 with fabric.autocast():

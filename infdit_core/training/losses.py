@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..diffusion import edm
 from ..evaluation import grids, share_of_second
-from ..images import pad_by_reflection
+from ..images import pad_by_reflection, resize
 from ..infdit.config import InfDiTConfig
 from ..infdit.model import InfDiT
+from ..infdit.predictor import Predictor
 from ..metrics import Lpips
 from ..semantics import Clip
 from .config import LossConfig
@@ -34,6 +35,7 @@ def v_weight(sigma: Tensor) -> Tensor:
     return (sigma**2 + 1) / sigma**2
 
 
+CONDITION = 0.1  # what an error of the condition counts beside the logarithm of the picture's
 # A mean squared error, for pictures in [-1, 1], that is near enough: a PSNR of 46 dB.
 NEAR_ENOUGH = 1e-4
 
@@ -73,6 +75,20 @@ def prediction_loss(predict: Callable[..., Tensor], scale: int, batch: Batch) ->
     picture = predict(batch.low_res, batch.margin(scale))
     error = denoising_loss(picture, batch.original, torch.ones(len(picture), device=picture.device))
     return (error + NEAR_ENOUGH).log() / 2
+
+
+def condition_loss(predictor: Predictor, scale: int, batch: Batch) -> Tensor:
+    """How far (B,) the first number of a predictor's condition is from what the low resolution lost, weighed.
+
+    That is log(1 + d), d its deviation from a clean one in levels of 255: a noise estimator as in CBDNet (arXiv
+    1807.04686). By PSNR alone a condition learns nothing: its factors begin at 1, whatever it says.
+    """
+    margin = batch.margin(scale)
+    inside = batch.low_res[:, :, margin : batch.low_res.shape[2] - margin, margin : batch.low_res.shape[3] - margin]
+    clean = resize(batch.original, (inside.shape[2], inside.shape[3])).clamp(-1, 1)
+    lost = (1 + 127.5 * (inside - clean).square().flatten(1).mean(1).sqrt()).log()
+    condition = predictor.condition_of(batch.low_res, lost.device, lost.dtype)
+    return torch.zeros_like(lost) if condition is None else CONDITION * (condition[:, 0] - lost).abs()
 
 
 @torch.no_grad()
