@@ -19,6 +19,7 @@ from .config import CHANNELS, InfDiTConfig
 from .streaming import pixels
 
 SHARPER = 16.0  # noise and JPEG show in what differs from the mean around, by some levels of 255
+MOST = 3.0  # of a feature at one place: a few hard edges would outweigh all else, and say what was never learnt
 TILE = 128  # low-resolution pixels along a side, without what is looked at around
 
 
@@ -83,7 +84,7 @@ class Predictor(nn.Module):
             x = SHARPER * (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
             for convolution in self.condition:
                 x = F.relu(convolution(x))
-            sums.append(x[_window(inside)].float().sum((2, 3)))
+            sums.append(x[_window(inside)].clamp(max=MOST).float().sum((2, 3)))
         return (torch.stack(sums).sum(0) / (low_res.shape[2] * low_res.shape[3])).to(dtype)
 
     def add_to(
