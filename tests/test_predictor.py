@@ -68,7 +68,7 @@ def test_what_lies_far_away_changes_a_condition_alone(conditioned: InfDiT, model
         assert torch.allclose(network.predict(first)[left], network.predict(second)[left], atol=1e-5) != told
 
 
-def test_level_and_slope_are_no_condition(conditioned: InfDiT) -> None:
+def test_a_level_is_no_condition(conditioned: InfDiT) -> None:
     """Only what differs from the mean around counts: a flat picture's condition is that of any other."""
     assert conditioned.predictor is not None
     flat = [torch.full((1, 3, 9, 9), level) for level in (-0.5, 0.7)]
@@ -76,7 +76,7 @@ def test_level_and_slope_are_no_condition(conditioned: InfDiT) -> None:
     assert first is not None and second is not None and torch.allclose(first, second, atol=1e-4)
 
 
-def test_a_looks_as_far_as_is_said(model: InfDiT) -> None:
+def test_a_pixel_looks_as_far_as_is_said(model: InfDiT) -> None:
     """Too small a radius would make seams between tiles, too large a one wastes work."""
     assert model.predictor is not None and model.predictor.radius == SEEN
     picture = low_res(32, 32).requires_grad_()
@@ -182,9 +182,9 @@ def test_a_file_that_lacks_a_part_of_it_is_refused(model: InfDiT, tmp_path: Path
         load_infdit(path)
 
 
-def test_a_condition_needs_a_predictor() -> None:
-    with pytest.raises(ValueError, match=r"predictor_condition is 5, but there is no predictor"):
-        InfDiTConfig(predictor_condition=5).check()
+def test_less_than_no_condition_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"predictor_condition is -1: it must be at least 0"):
+        InfDiTConfig(predictor_width=6, predictor_depth=2, predictor_condition=-1).check()
 
 
 @pytest.mark.parametrize("sizes", [(6, 0), (0, 2), (-1, -1)])

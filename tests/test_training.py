@@ -34,7 +34,7 @@ from infdit_core.infdit import Preset
 from infdit_core.infdit.keys import key_table
 from infdit_core.infdit.lora import apply_lora, open_lora
 from infdit_core.semantics import load_clip
-from infdit_core.training import checkpoints, loop, validation
+from infdit_core.training import checkpoints, loop, losses, validation
 from infdit_core.training.config import OptimizerConfig, TrainConfig, parse
 from infdit_core.training.data import Batch
 from infdit_core.training.losses import training_loss
@@ -653,7 +653,7 @@ def test_the_first_stage_goes_on_where_it_stopped(
 
 
 def test_a_predictor_made_deeper_and_conditioned_starts_with_the_same_answers(
-    predicting: Path, tiny: list[str], tmp_path: Path, assert_close: CloseTo
+    predicting: Path, tiny: list[str], tmp_path: Path, assert_close: CloseTo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start, sizes = predicting / "weights.safetensors", ["network.predictor_depth=3", "network.predictor_condition=2"]
     deeper = [*tiny, *PREDICTOR, *sizes, "steps=4"]
@@ -667,8 +667,10 @@ def test_a_predictor_made_deeper_and_conditioned_starts_with_the_same_answers(
     learnt = weights(tmp_path / "learnt" / "weights.safetensors")
     assert learnt["predictor.blocks.1.conv_out.weight"].any() and learnt["predictor.blocks.2.conv_out.weight"].any()
     assert learnt["predictor.blocks.0.modulation.weight"].any()
-    first_of_it = "predictor.condition.0.weight"
-    assert not torch.equal(learnt[first_of_it], weights(tmp_path / "still" / "weights.safetensors")[first_of_it])
+    monkeypatch.setattr(losses, "CONDITION", 0)
+    train(*first, f"out={tmp_path / 'untaught'}", RATE)
+    untaught, name = weights(tmp_path / "untaught" / "weights.safetensors"), "predictor.condition.0.weight"
+    assert not torch.equal(learnt[name], untaught[name])
     with pytest.raises(ValueError, match="predictor_depth 1 instead of 3"):
         train(*deeper, f"start_from={start}", f"out={tmp_path / 'second'}")
 
@@ -696,9 +698,9 @@ def test_unfit_stages_are_named(whole: Path, tiny: list[str], tmp_path: Path) ->
     first = [*tiny, f"out={tmp_path}", "stage=predictor"]
     with pytest.raises(ValueError, match=r"needs network\.predictor_width and network\.predictor_depth"):
         parse(first)
-    with pytest.raises(ValueError, match=r"PSNR alone: say lora\.rank=0"):
+    with pytest.raises(ValueError, match=r"PSNR, not by these: say lora\.rank=0"):
         parse([*first, *PREDICTOR, "loss.lr_dropout=0.1"])
-    with pytest.raises(ValueError, match=r"PSNR alone: .*loss\.own_input=0"):
+    with pytest.raises(ValueError, match=r"PSNR, not by these: .*loss\.own_input=0"):
         parse([*first, *PREDICTOR, "loss.own_input=0.1"])
     with pytest.raises(ValueError, match=r"fsdp doesn't shard: use strategy=auto"):
         train(*first, *PREDICTOR, "strategy=fsdp", "optimizer.kind=adamw")

@@ -76,6 +76,11 @@ def test_nano_trains_the_default_weights_further() -> None:
     assert config.loss.regression > 0
 
 
+def test_nano_can_do_without_a_predictor() -> None:
+    network = loop._network(parse(["nano", *NEEDED, "network.predictor_width=0", "network.predictor_depth=0"]))
+    assert network.predictor is None
+
+
 def test_saved_settings_are_the_same_settings(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     for arguments in (

@@ -122,8 +122,8 @@ class InfDiTConfig:
             raise ValueError(
                 f"predictor_width and predictor_depth are {predictor}: both at least 1, or both 0 for none"
             )
-        if self.predictor_condition and not self.predictor_depth:
-            raise ValueError(f"predictor_condition is {self.predictor_condition}, but there is no predictor")
+        if self.predictor_condition < 0:
+            raise ValueError(f"predictor_condition is {self.predictor_condition}: it must be at least 0, for none")
         if self.grids not in (1, 2):
             raise ValueError(f"grids is {self.grids}: it must be 1 or 2")
         if any(preset.steps < 1 for preset in self.presets.values()):

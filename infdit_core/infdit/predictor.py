@@ -19,7 +19,9 @@ from .config import CHANNELS, InfDiTConfig
 from .streaming import pixels
 
 SHARPER = 16.0  # noise and JPEG show in what differs from the mean around, by some levels of 255
-MOST = 3.0  # of a feature at one place: a few hard edges would outweigh all else, and say what was never learnt
+# Of a feature at one place: a few hard edges would outweigh all else, and say what was never learnt. The first, which
+# tells what was lost as log(1 + levels), goes up to 19 levels.
+MOST = 3.0
 TILE = 128  # low-resolution pixels along a side, without what is looked at around
 
 
@@ -79,9 +81,9 @@ class Predictor(nn.Module):
         if not self.condition:
             return None
         sums = []
-        for _, seen, inside in _tiles(low_res, len(self.condition) + 1):
-            x = low_res[_window(seen)].to(device=device, dtype=dtype)
-            x = SHARPER * (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+        for _, seen, inside in _tiles(low_res, 1 + len(self.condition)):  # of the mean, and of each convolution
+            x = low_res[_window(seen)].to(device=device, dtype=torch.float32)  # bfloat16 would round half levels off
+            x = (SHARPER * (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))).to(dtype)
             for convolution in self.condition:
                 x = F.relu(convolution(x))
             sums.append(x[_window(inside)].clamp(max=MOST).float().sum((2, 3)))

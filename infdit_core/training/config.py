@@ -150,7 +150,7 @@ class TrainConfig:
         others = ("perceptual", "own_input", "overshoot", "lr_dropout")
         if self.stage == "predictor" and (self.lora.rank or self.clip or any(getattr(self.loss, o) for o in others)):
             raise ValueError(
-                "stage=predictor learns by PSNR alone: say lora.rank=0, clip='' and "
+                "stage=predictor learns by PSNR, not by these: say lora.rank=0, clip='' and "
                 + ", ".join(f"loss.{other}=0" for other in others)
             )
         if self.lora.rank and not self.start_from:

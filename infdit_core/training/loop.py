@@ -248,7 +248,7 @@ def _network(config: TrainConfig) -> InfDiT:
             if config.stage != "predictor":
                 raise TrainingError(f"{config.start_from} holds no predictor: {_UNTRAINED}")
             network.predictor = _fresh(wanted, generator).predictor
-        elif grows:
+        elif found.predictor_depth != wanted.predictor_depth or found.predictor_condition != wanted.predictor_condition:
             network.predictor = _grown(network.predictor, _fresh(wanted, generator).predictor)
         network.config = wanted
         network.train().requires_grad_(True)
@@ -465,10 +465,9 @@ def _step(
         with fabric.no_backward_sync(model, enabled=number + 1 < config.accumulate):
             given = state.network.config
             if config.stage == "predictor":
-                assert state.network.predictor is not None
                 with fabric.autocast():  # only `forward` has its own
                     losses = prediction_loss(model.predict, given.scale, batch)
-                    losses = losses + condition_loss(state.network.predictor, given.scale, batch)
+                    losses = losses + condition_loss(state.network, batch)
                 sigma = torch.full_like(losses, given.sigma_max)  # the log calls it loss_mean
             else:
                 with fabric.autocast():

@@ -14,7 +14,6 @@ from ..evaluation import grids, share_of_second
 from ..images import pad_by_reflection, resize
 from ..infdit.config import InfDiTConfig
 from ..infdit.model import InfDiT
-from ..infdit.predictor import Predictor
 from ..metrics import Lpips
 from ..semantics import Clip
 from .config import LossConfig
@@ -77,18 +76,25 @@ def prediction_loss(predict: Callable[..., Tensor], scale: int, batch: Batch) ->
     return (error + NEAR_ENOUGH).log() / 2
 
 
-def condition_loss(predictor: Predictor, scale: int, batch: Batch) -> Tensor:
-    """How far (B,) the first number of a predictor's condition is from what the low resolution lost, weighed.
+def condition_loss(network: InfDiT, batch: Batch) -> Tensor:
+    """How far (B,) the first number of the predictor's condition is from what the low resolution lost, weighed.
 
     That is log(1 + d), d its deviation from a clean one in levels of 255: a noise estimator as in CBDNet (arXiv
     1807.04686). By PSNR alone a condition learns nothing: its factors begin at 1, whatever it says.
     """
+    scale, device = network.config.scale, batch.original.device
+    condition = None
+    if network.predictor is not None:
+        condition = network.predictor.condition_of(batch.low_res, device, network.compute()[1])
+    if condition is None:
+        return torch.zeros(len(batch.original), device=device)
     margin = batch.margin(scale)
-    inside = batch.low_res[:, :, margin : batch.low_res.shape[2] - margin, margin : batch.low_res.shape[3] - margin]
-    clean = resize(batch.original, (inside.shape[2], inside.shape[3])).clamp(-1, 1)
-    lost = (1 + 127.5 * (inside - clean).square().flatten(1).mean(1).sqrt()).log()
-    condition = predictor.condition_of(batch.low_res, lost.device, lost.dtype)
-    return torch.zeros_like(lost) if condition is None else CONDITION * (condition[:, 0] - lost).abs()
+    within = slice(margin, -margin or None)
+    given = batch.low_res[:, :, within, within]
+    clean = resize(batch.original, (given.shape[2], given.shape[3])).clamp(-1, 1)
+    off = (given - clean)[:, :, 2:-2, 2:-2]  # further out the given one may have looked beyond the original
+    lost = (1 + 127.5 * off.square().flatten(1).mean(1).sqrt()).log()
+    return CONDITION * (condition[:, 0] - lost).abs()
 
 
 @torch.no_grad()

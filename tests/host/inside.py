@@ -591,6 +591,7 @@ class Helper:
             time_channels=16,
             predictor_width=4,
             predictor_depth=1,
+            predictor_condition=2,
         )
         network = self.InfDiT(config)
         generator = torch.Generator().manual_seed(0)
