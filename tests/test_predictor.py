@@ -21,9 +21,6 @@ SIZES = {"predictor_width": 6, "predictor_depth": 2, "parametrisation": "residua
 SEEN = 2 * 2 + 2  # pixels around one that two blocks, the head and the tail look at
 
 
-CONDITIONED = SIZES | {"predictor_condition": 5}
-
-
 @pytest.fixture(scope="module")
 def model(tiny_model: MakeModel) -> InfDiT:
     return tiny_model(**SIZES)
@@ -32,7 +29,7 @@ def model(tiny_model: MakeModel) -> InfDiT:
 @pytest.fixture(scope="module")
 def conditioned(tiny_model: MakeModel) -> InfDiT:
     """Told how its low resolution was degraded."""
-    return tiny_model(**CONDITIONED)
+    return tiny_model(**SIZES, predictor_condition=5)
 
 
 def low_res(height: int, width: int) -> torch.Tensor:
