@@ -56,13 +56,17 @@ def text(random: Random) -> Image.Image:
 
 
 def line_art(random: Random) -> Image.Image:
-    ink, paper = colours(random)
+    """Strokes as strong as two colours differ, and fainter: at the low resolution a thin black one and a wide grey one
+    look alike."""
+    strongest, paper = colours(random)
     side = SIDE * FINER
     image = Image.new("RGB", (side, side), paper)
     draw = ImageDraw.Draw(image)
     for _ in range(30):
         width = int(random.integers(FINER, 7 * FINER))
         (x, y), (u, v) = random.integers(0, side, (2, 2)).tolist()
+        strength = random.uniform(0.4, 1)
+        ink = tuple(round(p + strength * (d - p)) for d, p in zip(strongest, paper, strict=True))
         match int(random.integers(4)):
             case 0:
                 draw.line((x, y, u, v), ink, width)
