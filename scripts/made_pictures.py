@@ -66,7 +66,7 @@ def line_art(random: Random) -> Image.Image:
         width = int(random.integers(FINER, 7 * FINER))
         (x, y), (u, v) = random.integers(0, side, (2, 2)).tolist()
         strength = random.uniform(0.4, 1)
-        ink = tuple(round(p + strength * (d - p)) for d, p in zip(strongest, paper, strict=True))
+        ink = tuple(round(p + strength * (s - p)) for s, p in zip(strongest, paper, strict=True))
         match int(random.integers(4)):
             case 0:
                 draw.line((x, y, u, v), ink, width)
