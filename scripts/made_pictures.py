@@ -56,8 +56,8 @@ def text(random: Random) -> Image.Image:
 
 
 def line_art(random: Random) -> Image.Image:
-    """Strokes as strong as two colours differ, and fainter: at the low resolution a thin black one and a wide grey one
-    look alike."""
+    """Strokes of 0.4 to 1 of the contrast of two colours: a thin dark one and a wider faint one look alike at the low
+    resolution, so both must occur."""
     strongest, paper = colours(random)
     side = SIDE * FINER
     image = Image.new("RGB", (side, side), paper)
