@@ -69,8 +69,8 @@ def validate(
     """Of every held crop in turn: its figures, and pictures (LR, bicubic, one a preset, original) in 0..1.
 
     Loss: as trained, at three noise levels, one deviation apart, and without noise where that is trained; PSNR-Y in dB
-    and LPIPS of each preset, beside bicubic. While the predictor is trained: its loss (of the
-    picture alone) and its picture in their place.
+    and LPIPS of each preset, beside bicubic. While the predictor is trained: its loss (of the picture alone) and its
+    picture in their place.
     """
     loss = config.loss
     levels = [math.exp(loss.sigma_log_mean + loss.sigma_log_deviation * z) for z in (-1, 0, 1)]
