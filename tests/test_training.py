@@ -38,7 +38,7 @@ from infdit_core.training import checkpoints, loop, losses, validation
 from infdit_core.training.config import OptimizerConfig, TrainConfig, parse
 from infdit_core.training.data import Batch
 from infdit_core.training.losses import training_loss
-from infdit_core.training.optimizers import learning_rate, optimizers
+from infdit_core.training.optimizers import Centring, flatten_kernels, learning_rate, optimizers
 from infdit_core.training.validation import Held, validate
 from infdit_core.weights import open_weights
 
@@ -898,6 +898,32 @@ def test_muon_takes_the_layers_matrices_only(tiny: list[str]) -> None:
     assert [o.param_groups[0]["weight_decay"] for o in (muon, adamw)] == [0.3, 0.3]
     (alone,) = optimizers(trained, OptimizerConfig(kind="adamw"))
     assert {names[id(p)] for p in alone.param_groups[0]["params"]} == trained.keys()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_centred_kernels_learn_about_the_mean_of_what_comes_in(flat: bool) -> None:
+    random = torch.Generator().manual_seed(5)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+    if flat:
+        flatten_kernels(module)
+    centring = Centring(module)
+    x, wanted = (torch.randn(2, n, 12, 12, generator=random) + n for n in (3, 4))
+    mean = x.mean((0, 2, 3))
+    kernel, bias = module[0].weight.detach().clone(), module[0].bias.detach().clone()
+    free = kernel.clone().requires_grad_(True)  # of the same function, with what the kernel shifts taken from the bias
+    shift = ((free - kernel) * mean[:, None, None]).sum((1, 2, 3))
+    torch.nn.functional.conv2d(x, free, bias - shift, padding=1).sub(wanted).square().mean().backward()
+    module(x).sub(wanted).square().mean().backward()
+    with centring.step(lambda means: means), torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.sub_(0.1 * parameter.grad)
+    assert free.grad is not None
+    torch.testing.assert_close(module[0].weight, kernel - 0.1 * free.grad)
+    level = mean[None, :, None, None].expand(-1, -1, 5, 5)
+    after = module(level)[..., 2, 2]
+    torch.testing.assert_close(after, torch.nn.functional.conv2d(level, kernel, bias, padding=1)[..., 2, 2])
+    assert (module[0].bias - bias).abs().max() > 0.01
 
 
 def test_switches_reach_the_layers(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

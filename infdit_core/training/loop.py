@@ -39,7 +39,7 @@ from .config import TrainConfig, differences, parse, save
 from .data import Batch, Crops, PictureFile, Skipped, decodable, find_pictures, loader, reduce
 from .logs import Log
 from .losses import LossMeter, condition_loss, prediction_loss, training_loss, with_prediction
-from .optimizers import flatten_kernels, learning_rate, optimizers
+from .optimizers import Centring, flatten_kernels, learning_rate, optimizers
 from .validation import Held, contact_sheet, held_crops, test, validate
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,6 +57,7 @@ class State:
     optimizers: list[Optimizer]
     average: dict[str, Tensor]  # of the trained parameters over the steps
     losses: LossMeter  # since the last row of the log
+    centring: Centring | None  # of the predictor's blocks, where these learn
     step: int = 0
     seconds: float = 0.0  # that the run took, over all its processes
     saving: float = 0.0  # of these
@@ -404,7 +405,9 @@ def _prepare(network: InfDiT, config: TrainConfig, fabric: Fabric) -> tuple[Any,
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in trained.items()}
     meter = LossMeter(config.loss, network.config.sigma_max, fabric.device)
-    return model, State(network, optimizers(trained, config.optimizer), average, meter)
+    learns = network.predictor is not None and config.stage == "predictor"
+    centring = Centring(cast(Predictor, network.predictor).blocks) if learns else None
+    return model, State(network, optimizers(trained, config.optimizer), average, meter, centring)
 
 
 # --- a step
@@ -483,8 +486,10 @@ def _step(
             f"the gradient of step {state.step + 1} isn't finite; go on from the last checkpoint with a lower "
             "optimizer.learning_rate"
         )
-    for optimizer in state.optimizers:
-        optimizer.step()
+    apart = state.centring.step(lambda x: _summed(x, fabric) / fabric.world_size) if state.centring else None
+    with apart or contextlib.nullcontext():
+        for optimizer in state.optimizers:
+            optimizer.step()
     state.step += 1
     decay = min(config.optimizer.ema, (1 + state.step) / (10 + state.step))  # the first steps count for less
     with torch.no_grad():

@@ -1,5 +1,8 @@
 """Which optimiser learns what, and how fast."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
@@ -22,6 +25,41 @@ def flatten_kernels(module: nn.Module) -> None:
     """Keep the kernels of a module's convolutions as matrices from here on."""
     for convolution in [m for m in module.modules() if isinstance(m, nn.Conv2d)]:
         register_parametrization(convolution, "weight", _FlatKernel())
+
+
+class Centring:
+    """Convolutions learn from what comes in as if it had no mean.
+
+    In a residual network what comes in has a mean far above its deviation, and a step of a kernel along it shifts all
+    that comes out. A channel that is shifted below the next ReLU everywhere learns no more, so one by one they fell
+    silent. Here the bias makes up for what a kernel's step shifts, and the gradient is that of both together.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+        self.means: dict[nn.Module, Tensor] = {}  # of the input channels, in the last batch
+        for convolution in self.convolutions:
+            convolution.register_forward_pre_hook(self._see)
+
+    def _see(self, convolution: nn.Module, inputs: tuple[Tensor]) -> None:
+        if torch.is_grad_enabled():
+            self.means[convolution] = inputs[0].detach().mean((0, 2, 3))
+
+    @contextlib.contextmanager
+    def step(self, averaged: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Around the optimisers' step. averaged: of a tensor, over the processes."""
+        means = averaged(torch.stack([self.means[convolution] for convolution in self.convolutions]))
+        steps = []
+        for convolution, mean in zip(self.convolutions, means, strict=True):
+            kernel, bias = sorted(convolution.parameters(), key=torch.Tensor.dim, reverse=True)
+            assert kernel.grad is not None and bias.grad is not None
+            spread = mean[:, None].expand(-1, 9).reshape(kernel.shape[1:])
+            kernel.grad -= bias.grad.view(-1, *[1] * spread.ndim) * spread
+            steps.append((kernel, bias, spread, kernel.detach().clone()))
+        yield
+        with torch.no_grad():
+            for kernel, bias, spread, before in steps:
+                bias.sub_(((kernel - before) * spread).flatten(1).sum(1))
 
 
 def optimizers(trained: dict[str, nn.Parameter], config: OptimizerConfig) -> list[Optimizer]:
