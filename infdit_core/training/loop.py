@@ -486,8 +486,8 @@ def _step(
             f"the gradient of step {state.step + 1} isn't finite; go on from the last checkpoint with a lower "
             "optimizer.learning_rate"
         )
-    apart = state.centring.step(lambda x: _summed(x, fabric) / fabric.world_size) if state.centring else None
-    with apart or contextlib.nullcontext():
+    centred = state.centring.step(lambda x: _summed(x, fabric) / fabric.world_size) if state.centring else None
+    with centred or contextlib.nullcontext():
         for optimizer in state.optimizers:
             optimizer.step()
     state.step += 1

@@ -31,24 +31,24 @@ class Centring:
     """Convolutions learn from what comes in as if it had no mean.
 
     In a residual network what comes in has a mean far above its deviation, and a step of a kernel along it shifts all
-    that comes out. A channel that is shifted below the next ReLU everywhere learns no more, so one by one they fell
-    silent. Here the bias makes up for what a kernel's step shifts, and the gradient is that of both together.
+    that comes out. A channel that is shifted below the next ReLU everywhere learns no more, so channels fall silent one
+    by one. Here the bias makes up for what a kernel's step shifts, and the gradient is that of both together.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
-        self.means: dict[nn.Module, Tensor] = {}  # of the input channels, in the last batch
+        self.seen: dict[nn.Module, list[Tensor]] = {}  # means of the input channels, one of each time since the step
         for convolution in self.convolutions:
             convolution.register_forward_pre_hook(self._see)
 
     def _see(self, convolution: nn.Module, inputs: tuple[Tensor]) -> None:
         if torch.is_grad_enabled():
-            self.means[convolution] = inputs[0].detach().mean((0, 2, 3))
+            self.seen.setdefault(convolution, []).append(inputs[0].detach().mean((0, 2, 3), dtype=torch.float32))
 
     @contextlib.contextmanager
     def step(self, averaged: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Around the optimisers' step. averaged: of a tensor, over the processes."""
-        means = averaged(torch.stack([self.means[convolution] for convolution in self.convolutions]))
+        means = averaged(torch.stack([torch.stack(self.seen.pop(c)).mean(0) for c in self.convolutions]))
         steps = []
         for convolution, mean in zip(self.convolutions, means, strict=True):
             kernel, bias = sorted(convolution.parameters(), key=torch.Tensor.dim, reverse=True)
