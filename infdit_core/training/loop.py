@@ -405,8 +405,10 @@ def _prepare(network: InfDiT, config: TrainConfig, fabric: Fabric) -> tuple[Any,
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in trained.items()}
     meter = LossMeter(config.loss, network.config.sigma_max, fabric.device)
-    learns = network.predictor is not None and config.stage == "predictor"
-    centring = Centring(cast(Predictor, network.predictor).blocks) if learns else None
+    centring = None
+    if config.stage == "predictor":
+        assert network.predictor is not None  # `_network` sees to it
+        centring = Centring(network.predictor.blocks)
     return model, State(network, optimizers(trained, config.optimizer), average, meter, centring)
 
 

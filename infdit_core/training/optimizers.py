@@ -28,7 +28,8 @@ def flatten_kernels(module: nn.Module) -> None:
 
 
 class Centring:
-    """Convolutions learn from what comes in as if it had no mean.
+    """Convolutions of 3 x 3 learn from what comes in as if it had no mean (Schraudolph, Centering Neural Network
+    Gradient Factors, 1998).
 
     In a residual network what comes in has a mean far above its deviation, and a step of a kernel along it shifts all
     that comes out. A channel that is shifted below the next ReLU everywhere learns no more, so channels fall silent one
@@ -37,7 +38,7 @@ class Centring:
 
     def __init__(self, module: nn.Module) -> None:
         self.convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
-        self.seen: dict[nn.Module, list[Tensor]] = {}  # means of the input channels, one of each time since the step
+        self.seen: dict[nn.Module, list[Tensor]] = {}  # of each input (B, C, H, W) since the last step: (C,)
         for convolution in self.convolutions:
             convolution.register_forward_pre_hook(self._see)
 
@@ -47,7 +48,7 @@ class Centring:
 
     @contextlib.contextmanager
     def step(self, averaged: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Around the optimisers' step. averaged: of a tensor, over the processes."""
+        """Around the optimisers' step. averaged: gives the mean of a tensor over the processes."""
         means = averaged(torch.stack([torch.stack(self.seen.pop(c)).mean(0) for c in self.convolutions]))
         steps = []
         for convolution, mean in zip(self.convolutions, means, strict=True):
