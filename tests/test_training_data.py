@@ -308,6 +308,17 @@ def test_the_most_detailed_of_several_candidates_is_taken(tmp_path: Path) -> Non
     assert many > 2 * one
 
 
+def test_a_folder_keeps_its_share_however_much_detail_another_has(tmp_path: Path) -> None:
+    flat, busy = np.full((SIDE, SIDE, 3), 128, np.uint8), np.zeros((SIDE, SIDE, 3), np.uint8)
+    busy[: SIDE // 2] = 255
+    for name, pixels in ("flat", flat), ("busy", busy):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "picture.png")
+    found = find_pictures([str(tmp_path / "flat"), str(tmp_path / "busy")], SIDE)[0]
+    crops = drawn(found, range(60), replace(PLAIN, candidates=8))
+    assert 20 < sum(detail(crop.numpy()) > 0 for crop in crops) < 40
+
+
 # --- damage that only decoding finds
 
 

@@ -27,7 +27,7 @@ class DataConfig:
     direct: float = 0.7  # share of crops cut as they are; the others after the short side was resized to the crop's
     mirror: float = 0.3  # share of the direct crops mirrored
     turn: bool = False  # also turn direct crops upside down and on their side, by halves
-    candidates: int = 1  # crops drawn for one used: the one with the most detail
+    candidates: int = 1  # crops drawn from a folder for one used: the one with the most detail
     surrounded: float = 0.0  # share of batches whose low resolution goes on for a block around the crop
     degraded: float = 1.0  # share of low resolutions degraded as in Real-ESRGAN; the others are bicubic
     softness: float = 1.0  # how far the degraded ones are blurred: 1 as published, 0 hardly at all

@@ -172,18 +172,25 @@ class Crops(Dataset[Crop]):
         self.side = side
         self.config = config
         self.seed = seed
+        self.folders: dict[Path, list[int]] = {}
+        for index, picture in enumerate(pictures):
+            self.folders.setdefault(picture.path.parent, []).append(index)
         self.decoded: OrderedDict[int, Pixels] = OrderedDict()  # the longest unused first
         self.decoded_bytes = 0
 
     def __getitem__(self, number: int) -> Crop:
         random = np.random.default_rng([self.seed, number])
         broken: list[Skipped] = []
-        candidates = [self._draw(random, broken) for _ in range(self.config.candidates)]
+        index, pixels = self._some_picture(random, range(len(self.pictures)), broken)
+        candidates = [self._crop(random, pixels)]
+        folder = self.folders[self.pictures[index].path.parent]
+        for _ in range(1, self.config.candidates):
+            _, pixels = self._some_picture(random, folder, broken)
+            candidates.append(self._crop(random, pixels))
         return Crop(np.array(max(candidates, key=detail), order="C"), broken)
 
-    def _draw(self, random: np.random.Generator, broken: list[Skipped]) -> Pixels:
+    def _crop(self, random: np.random.Generator, pixels: Pixels) -> Pixels:
         config, side = self.config, self.side
-        pixels = self._some_picture(random, broken)
         direct = random.random() < config.direct
         if not direct:
             height, width = pixels.shape[:2]
@@ -199,12 +206,14 @@ class Crops(Dataset[Crop]):
             crop = crop.swapaxes(0, 1) if on_its_side else crop
         return crop
 
-    def _some_picture(self, random: np.random.Generator, broken: list[Skipped]) -> Pixels:
+    def _some_picture(
+        self, random: np.random.Generator, among: Sequence[int], broken: list[Skipped]
+    ) -> tuple[int, Pixels]:
         for _ in range(100):
-            index = int(random.integers(len(self.pictures)))
+            index = among[int(random.integers(len(among)))]
             if index in self.decoded:
                 self.decoded.move_to_end(index)
-                return self.decoded[index]
+                return index, self.decoded[index]
             try:
                 pixels = read_pixels(self.pictures[index])
             except OSError as error:
@@ -214,7 +223,7 @@ class Crops(Dataset[Crop]):
             self.decoded_bytes += pixels.nbytes
             while self.decoded_bytes > self.config.cache * 2**30:
                 self.decoded_bytes -= self.decoded.popitem(last=False)[1].nbytes
-            return pixels
+            return index, pixels
         names = "; ".join(f"{name}: {reason}" for name, reason in broken[:3])
         raise DataError(f"100 pictures in a row couldn't be decoded: {names}")
 
