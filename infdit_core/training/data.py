@@ -183,7 +183,7 @@ class Crops(Dataset[Crop]):
         broken: list[Skipped] = []
         index, pixels = self._some_picture(random, range(len(self.pictures)), broken)
         candidates = [self._crop(random, pixels)]
-        folder = self.folders[self.pictures[index].path.parent]
+        folder = self.folders[self.pictures[index].path.parent]  # else line art, all detail, crowds out photographs
         for _ in range(1, self.config.candidates):
             _, pixels = self._some_picture(random, folder, broken)
             candidates.append(self._crop(random, pixels))
@@ -209,6 +209,7 @@ class Crops(Dataset[Crop]):
     def _some_picture(
         self, random: np.random.Generator, among: Sequence[int], broken: list[Skipped]
     ) -> tuple[int, Pixels]:
+        """One of `among` that decodes: its index and pixels."""
         for _ in range(100):
             index = among[int(random.integers(len(among)))]
             if index in self.decoded:
