@@ -285,17 +285,25 @@ def test_edges_ring_no_more_than_bicubic(name: str, preset: str, factor: float) 
     assert rms(overshoot(result, original)) < factor * rms(overshoot(bicubic, original))
 
 
-@pytest.mark.parametrize("preset", ["faithful", "balanced"])
-@pytest.mark.parametrize("name", [*EDGES, "frame", "saturated"])
-def test_hardly_a_pixel_overshoots_far(name: str, preset: str) -> None:
-    """All but one of a thousand values; bicubic's are cut off at black and white in the last two."""
+@pytest.mark.parametrize(("preset", "more"), [("faithful", 14), ("balanced", 17)])
+@pytest.mark.parametrize("name", [*EDGES, "frame"])
+def test_hardly_a_pixel_overshoots_far(name: str, preset: str, more: float) -> None:
+    """All but one of a thousand values; bicubic's are cut off at black and white in the last one."""
     original, bicubic, result = upscaled(name, preset)
     far, bicubics = (float(overshoot(x, original).flatten().quantile(0.999)) for x in (result, bicubic))
-    assert far < bicubics + 17
+    assert far < bicubics + more
+
+
+@pytest.mark.parametrize("preset", ["faithful", "balanced"])
+def test_saturated_colours_overshoot_little_and_are_much_nearer(preset: str) -> None:
+    """Bicubic's overshoots are cut off at black and white there."""
+    original, bicubic, result = upscaled("saturated", preset)
+    assert overshoot(result, original).flatten().quantile(0.999) < 17
+    assert psnr_y(result / 255, original / 255) - psnr_y(bicubic / 255, original / 255) > 8
 
 
 @pytest.mark.parametrize(("preset", "gain"), [("faithful", 0.3), ("balanced", 0.2)])
-@pytest.mark.parametrize("name", [*EDGES, "frame", "saturated"])
+@pytest.mark.parametrize("name", [*EDGES, "frame"])
 def test_edges_are_nearer_to_the_original(name: str, preset: str, gain: float) -> None:
     original, bicubic, result = (x / 255 for x in upscaled(name, preset))
     assert psnr_y(result, original) - psnr_y(bicubic, original) > gain
