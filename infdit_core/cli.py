@@ -14,7 +14,16 @@ from torch import Tensor
 
 from . import __version__, train
 from .evaluation import TileSize
-from .images import READABLE, Picture, PictureError, check_writable, read_picture, resize, write_picture
+from .images import (
+    READABLE,
+    Picture,
+    PictureError,
+    check_writable,
+    colours_and_alpha,
+    read_picture,
+    resize,
+    write_picture,
+)
 from .infdit import InfDiT
 from .infdit.checkpoint import convert, describe, load_infdit
 from .memory import out_of_memory, peak_memory, reset_peak_memory
@@ -35,13 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"infdit: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        print(f"infdit: out of memory; choose a smaller result or cut the picture ({error})", file=sys.stderr)
+        print(f"infdit: {_said(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninfdit: interrupted; nothing half-written is left", file=sys.stderr)
         return 130
+
+
+def _said(error: Exception) -> str:
+    """What a user is told of it; raises what is no fault of theirs again."""
+    if not isinstance(error, RuntimeError):
+        return str(error)
+    if not out_of_memory(error):
+        raise error
+    return f"out of memory; choose a smaller result or cut the picture ({error})"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -192,10 +208,9 @@ def _upscale(options: argparse.Namespace) -> int:
             check_writable(target, overwrite=options.overwrite)
             picture = read_picture(source)
             _upscale_one(source, picture, target, model, semantics, device, options)
-        except (PictureError, ValueError, MemoryError) as error:
-            print(
-                f"infdit: {source}: {error}" if str(source) not in str(error) else f"infdit: {error}", file=sys.stderr
-            )
+        except (PictureError, ValueError, MemoryError, RuntimeError) as error:
+            said = _said(error)
+            print(f"infdit: {source}: {said}" if str(source) not in said else f"infdit: {said}", file=sys.stderr)
             failed += 1
     if failed and len(jobs) > 1:
         print(f"infdit: {failed} of {len(jobs)} pictures failed", file=sys.stderr)
@@ -398,32 +413,50 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     measure = _measure(options)
-    originals = sorted(p for p in options.original.iterdir() if p.suffix.lower() in READABLE)
     if options.semantics:
-        rows = _with_and_without(options, originals, measure)
+        rows = _with_and_without(options, list(_by_stem(options.original).values()), measure)
     else:
         rows = {}
-        upscaled = {p.stem: p for p in options.upscaled.iterdir() if p.suffix.lower() in READABLE}
-        for path in originals:
-            if path.stem not in upscaled:
-                print(f"infdit: {options.upscaled} has no {path.stem}", file=sys.stderr)
+        upscaled = _by_stem(options.upscaled)
+        for stem, path in _by_stem(options.original).items():
+            if stem not in upscaled:
+                print(f"infdit: {options.upscaled} has no {stem}", file=sys.stderr)
                 continue
-            x, original = (_colours(read_picture(p)) for p in (upscaled[path.stem], path))
+            x, original = (_colours(read_picture(p)) for p in (upscaled[stem], path))
             if x.shape != original.shape:
                 sides = [f"{t.shape[3]} x {t.shape[2]}" for t in (x, original)]
-                raise PictureError(f"{upscaled[path.stem]} is {sides[0]}, its original {sides[1]}")
-            rows[path.stem] = measure(x, original)
+                raise PictureError(f"{upscaled[stem]} is {sides[0]}, its original {sides[1]}")
+            try:
+                rows[stem] = measure(x, original)
+            except ValueError as error:
+                raise PictureError(f"{path}: {error}") from error
         if not rows:
             raise PictureError(f"{options.original} and {options.upscaled} have no picture in common")
     means = {name: sum(row[name] for row in rows.values()) / len(rows) for name in next(iter(rows.values()))}
     if options.json:
-        print(json.dumps({"mean": means, "pictures": rows}, indent=1))
+
+        def known(row: dict[str, float]) -> dict[str, float | None]:
+            return {name: value if math.isfinite(value) else None for name, value in row.items()}  # not Infinity
+
+        print(
+            json.dumps({"mean": known(means), "pictures": {name: known(row) for name, row in rows.items()}}, indent=1)
+        )
         return 0
     width = max(12, *(len(name) + 2 for name in means))
     print(f"{'picture':<32}" + "".join(f"{name:>{width}}" for name in means))
     for picture, row in [*rows.items(), ("mean", means)]:
         print(f"{picture:<32}" + "".join(f"{value:{width}.4f}" for value in row.values()))
     return 0
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """The pictures of a folder, in order of name; refuses two that differ in their suffix alone."""
+    pictures: dict[str, Path] = {}
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in READABLE):
+        if path.stem in pictures:
+            raise PictureError(f"{pictures[path.stem]} and {path} can't be told apart; move one of them away")
+        pictures[path.stem] = path
+    return pictures
 
 
 _Measurer = Callable[[Tensor, Tensor], dict[str, float]]  # of two (1, 3, H, W) in 0..1, the second the original
@@ -485,8 +518,7 @@ def _with_and_without(
 
 def _colours(picture: Picture) -> Tensor:
     """(1, 3, H, W): without alpha, grey in all three."""
-    pixels = picture.pixels[..., : 1 if picture.pixels.shape[2] < 3 else 3]
-    return pixels.permute(2, 0, 1)[None].expand(-1, 3, -1, -1)
+    return colours_and_alpha(picture.pixels.permute(2, 0, 1)[None])[0]
 
 
 def _train(options: argparse.Namespace) -> int:

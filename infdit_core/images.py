@@ -18,7 +18,6 @@ from .weights import write_atomically
 
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}
 _ORIENTATION = 0x0112  # EXIF
 # EXIF entries that speak of the picture's origin, its resolution, and the EXIF, GPS and interoperability blocks. The
@@ -56,7 +55,8 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
             exif = image.getexif()
             orientation = exif.get(_ORIENTATION, 1)
             turned = ImageOps.exif_transpose(image)
-            if is_png and _png_depth(path) == 16 and mode in ("RGB", "RGBA", "LA"):
+            deep = mode in ("RGB", "RGBA", "LA") or "transparency" in image.info
+            if is_png and _png_depth(path) == 16 and deep:
                 pixels, bits = _read_png16(path), 16  # Pillow would give 8
                 pixels = _turn(pixels, orientation)
             else:
@@ -90,7 +90,10 @@ def _to_array(image: Image.Image) -> tuple[np.ndarray[Any, Any], int]:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save the picture with 8 or 16 bits a channel")
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-        return (np.asarray(image, dtype=np.float32) / 65535).clip(0, 1)[..., None], 16
+        levels = np.asarray(image, dtype=np.float32)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("32-bit levels have no known range; save the picture with 8 or 16 bits a channel")
+        return levels[..., None] / 65535, 16
     if "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):
         image = image.convert("RGBA")
     elif image.mode == "1":
@@ -225,6 +228,29 @@ def pad_by_reflection(x: Tensor, height: int, width: int, before: int = 0) -> Te
     if not before and tuple(x.shape[2:]) == (height, width):
         return x
     return x[:, :, reflected(x.shape[2], height)][..., reflected(x.shape[3], width)]
+
+
+def colours_and_alpha(planes: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(B, 3, h, w) and (B, 1, h, w) of 1 to 4 planes: grey, grey and alpha, RGB or RGBA; None without alpha.
+
+    What is wholly transparent gets the colour of what shows around it: hidden black would make a dark fringe where the
+    edge of a cut-out is enlarged.
+    """
+    if planes.shape[1] not in (2, 4):
+        return planes.expand(-1, 3, -1, -1), None
+    colours, alpha = planes[:, :-1].expand(-1, 3, -1, -1), planes[:, -1:]
+    return _continue_colours(colours, alpha), alpha
+
+
+def _continue_colours(colours: Tensor, alpha: Tensor) -> Tensor:
+    """Where alpha is 0 the mean of what shows around, from the nearest there is: that of areas of 2, 4, 8... pixels."""
+    hidden = alpha <= 0
+    if not hidden.any() or not (~hidden).flatten(1).any(1).all():  # or nothing to take it from
+        return colours
+    shown = F.avg_pool2d(alpha, 2, ceil_mode=True)
+    mean = F.avg_pool2d(colours * alpha, 2, ceil_mode=True) / shown.clamp(min=torch.finfo(shown.dtype).tiny)
+    around = F.interpolate(_continue_colours(mean, shown), size=colours.shape[2:], mode="bilinear")
+    return torch.where(hidden, around, colours)
 
 
 def match_mean_deviation(x: Tensor, reference: Tensor) -> Tensor:

@@ -125,6 +125,8 @@ def load_lpips(path: str | os.PathLike[str], device: torch.device | str = "cpu")
         return levels
 
     def distance(x: Tensor, original: Tensor) -> Tensor:
+        if min(x.shape[2:]) < 31:
+            raise ValueError(f"LPIPS needs pictures of at least 31 pixels a side, not {tuple(x.shape[2:])}")
         with torch.autocast(x.device.type, enabled=False):  # small differences, in fp32 while training too
             pairs = zip(features(x.float()), features(original.float()), strict=True)
             heads = (weights[f"lin{i}.model.1.weight"] for i in range(5))

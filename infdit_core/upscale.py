@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from . import evaluation
 from .diffusion.samplers import SAMPLERS, Noise
 from .evaluation import MemoryPlan, TileSize
-from .images import match_low_frequencies, match_mean_deviation, resize
+from .images import colours_and_alpha, match_low_frequencies, match_mean_deviation, resize
 from .infdit.checkpoint import load_infdit
 from .infdit.config import InfDiTConfig, Preset
 from .infdit.model import InfDiT, Progress
@@ -136,9 +137,8 @@ def upscale(
     schedule = _schedule(model.config, chosen, steps, start, sigmas)
     size = target_size(image.shape[1], image.shape[2], scale=scale, size=size)
     passes = _passes((image.shape[1], image.shape[2]), size, model.config.scale)
-    evaluations = schedule.evaluations(sampler)
-    prediction = model.config.prediction_work
-    work = len(image) * len(passes) * (prediction + evaluations)
+    work = model.config.prediction_work + schedule.evaluations(sampler)  # for every pixel that a pass starts from
+    work *= len(image) * sum(math.prod(start) for start, _ in passes)
     finished = 0.0
 
     def report(progress: Progress, part: float) -> None:
@@ -146,29 +146,26 @@ def upscale(
             done = finished + part * progress.done / progress.total
             on_progress(UpscaleProgress(min(1.0, done / work), progress.estimate))
 
+    def complete(part: float) -> None:
+        nonlocal finished
+        finished += part
+
     results = []
     for index, picture in enumerate(image.permute(0, 3, 1, 2).float().split(1)):
-        alpha = picture[:, -1:] if picture.shape[1] in (2, 4) else None
-        input_colour = picture if alpha is None else picture[:, :-1]
-        grey = input_colour.shape[1] == 1
-        x = input_colour.expand(-1, 3, -1, -1) * 2 - 1
+        colours, alpha = colours_and_alpha(picture)
+        x = colours * 2 - 1
         vector = None if semantic is None else semantic[index % len(semantic)][None]
-        for wanted in passes:
-
-            def complete(part: float) -> None:
-                nonlocal finished
-                finished += part
-
+        for _, wanted in passes:
             x = _enlarge(x, model, schedule, sampler, seed, vector, tile, report, complete)
             x = x if tuple(x.shape[2:]) == wanted else resize(x, wanted)
             x = x.clamp_(-1, 1)
         if not passes:
             x = resize(x, size).clamp(-1, 1)
         if colour != "none":
-            reference = resize(input_colour.expand(-1, 3, -1, -1) * 2 - 1, size)
+            reference = resize(colours * 2 - 1, size)
             x = (match_low_frequencies if colour == "wavelet" else match_mean_deviation)(x, reference).clamp(-1, 1)
         x = x.add_(1).div_(2)
-        if grey:
+        if picture.shape[1] < 3:
             x = x.mean(1, keepdim=True)
         if alpha is not None:
             x = torch.cat([x, resize(alpha, size).clamp(0, 1)], dim=1)
@@ -233,10 +230,13 @@ def _schedule(
     return _Schedule(levels, start is not None and not config.predictor_depth, only_estimate)
 
 
-def _passes(size: tuple[int, int], target: tuple[int, int], scale: int) -> list[tuple[int, int]]:
-    """Size after every pass of the network: the last is the target, the ones before are where the next one starts.
+def _passes(
+    size: tuple[int, int], target: tuple[int, int], scale: int
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """From which size every pass of the network starts, and to which its result is resized; the last is the target.
 
-    Where the sides grow by different factors, none falls below its input or its target on the way.
+    Where the sides grow by different factors, none falls below its input or its target on the way. Raises ValueError
+    where a pass itself makes too many pixels, whatever the target.
     """
     ratio = max(target[0] / size[0], target[1] / size[1])
     count = 0 if ratio <= 1 else math.ceil(math.log(ratio, scale) - 1e-9)
@@ -244,7 +244,14 @@ def _passes(size: tuple[int, int], target: tuple[int, int], scale: int) -> list[
     def side(axis: int, left: int) -> int:
         return max(math.ceil(target[axis] / scale**left), min(target[axis], size[axis]))
 
-    return [(side(0, left), side(1, left)) for left in reversed(range(count))]
+    sizes = [size, *((side(0, left), side(1, left)) for left in reversed(range(count)))]
+    for height, width in sizes[:-1]:
+        if height * width * scale**2 > MAX_PIXELS:
+            raise ValueError(
+                f"the network enlarges by {scale} at a time, whatever the result's size: {width} x {height} would "
+                f"have more than {MAX_PIXELS} pixels on the way; cut the picture into smaller ones first"
+            )
+    return list(pairwise(sizes))
 
 
 def _enlarge(
@@ -261,19 +268,21 @@ def _enlarge(
     """One pass: (1, 3, h, w) in [-1, 1] -> (1, 3, h * scale, w * scale), not clamped.
 
     on_tile(progress, part=...) is told how much work the part is that the tile belongs to, on_part(part) that it is
-    done, in evaluations.
+    done: evaluations times x's pixels.
     """
     config = model.config
     noise = noise_of(seed)
-    upsampled = model.upsample(x, on_tile=partial(on_tile, part=config.prediction_work))
-    on_part(config.prediction_work)
+    evaluation_work = x.shape[2] * x.shape[3]
+    prediction_work = config.prediction_work * evaluation_work
+    upsampled = model.upsample(x, on_tile=partial(on_tile, part=prediction_work))
+    on_part(prediction_work)
     memory = MemoryPlan(model, (x.shape[2], x.shape[3]), tile)
 
     def denoise(noisy: Tensor, sigma: Tensor) -> Tensor:
         denoised = evaluation.denoise(
-            model, memory, noisy, sigma, x, upsampled, semantic=semantic, on_tile=partial(on_tile, part=1.0)
+            model, memory, noisy, sigma, x, upsampled, semantic=semantic, on_tile=partial(on_tile, part=evaluation_work)
         )
-        on_part(1.0)
+        on_part(evaluation_work)
         return denoised
 
     result = upsampled
@@ -302,5 +311,5 @@ def working_memory(
 
     free: what it may take, None: what is free there now.
     """
-    starts = [image_size, *_passes(image_size, size, model.config.scale)][:-1]
-    return max((MemoryPlan(model, start, tile, free).bytes for start in starts), default=0)
+    passes = _passes(image_size, size, model.config.scale)
+    return max((MemoryPlan(model, start, tile, free).bytes for start, _ in passes), default=0)

@@ -134,7 +134,7 @@ def _open_torch(path: Path) -> WeightsFile:
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], None]) -> None:
     """Call write(binary file) on a temporary file beside `path`, then rename it: `path` is whole or untouched."""
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".infdit-", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)

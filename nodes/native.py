@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..infdit_core.images import resize
+from ..infdit_core.images import colours_and_alpha, resize
 from ..infdit_core.upscale import semantics_matter, target_size
 from . import host
 from .semantics import Semantic
@@ -54,10 +54,8 @@ class InfDiTConditioning(io.ComfyNode):
         network = host.network_of(model)
         config = network.config
         size = result_size(image, **target)
-        planes = image.permute(0, 3, 1, 2).float()
-        alpha = planes[:, -1:] if planes.shape[1] in (2, 4) else None
-        colours = planes if alpha is None else planes[:, :-1]
-        x = colours.expand(-1, 3, -1, -1) * 2 - 1
+        colours, alpha = colours_and_alpha(image.permute(0, 3, 1, 2).float())
+        x = colours * 2 - 1
         # One pass multiplies by the network's factor: for more, the picture is enlarged a little before.
         least = (math.ceil(size[0] / config.scale), math.ceil(size[1] / config.scale))
         if least[0] > x.shape[2] or least[1] > x.shape[3]:

@@ -5,6 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..infdit_core.images import colours_and_alpha
 from ..infdit_core.semantics import VIEWS
 from . import host
 from .target import check_image
@@ -88,9 +89,7 @@ class SemanticEncode(io.ComfyNode):
         check_image(image)
         if (clip is None) == (clip_vision is None):
             raise ValueError("Connect either clip, from 'Load CLIP (Inf-DiT)', or clip_vision.")
-        planes = image.movedim(-1, 1).float()
-        colours = planes[:, :-1] if planes.shape[1] in (2, 4) else planes
-        x = colours.expand(-1, 3, -1, -1) * 2 - 1
+        x = colours_and_alpha(image.movedim(-1, 1).float())[0] * 2 - 1
         vectors = host.encode_image(clip, x, view) if clip is not None else host.vision_vectors(clip_vision, x, view)
         return io.NodeOutput(vectors)
 

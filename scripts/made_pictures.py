@@ -1,12 +1,13 @@
 """Draw pictures that photographs hold little of, to train on beside them: made_pictures.py PHOTOGRAPHS OUT
 
 Text, line art, windows of a program, flat colours and ramps, checkers and stripes, "dead leaves" (smooth shapes in
-front of each other, sharp and out of focus), and small things in rows, all at random; and photographs out of focus, so
-that what a lens left soft stays soft. The same at each call.
+front of each other, sharp and out of focus), small things in rows, and saturated colours side by side, all at random;
+and photographs out of focus, so that what a lens left soft stays soft. The same at each call.
 """
 
 import argparse
 from collections.abc import Callable
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +181,33 @@ def rows(random: Random) -> Image.Image:
     return Image.fromarray(levels).reduce(finer)
 
 
-KINDS: list[Callable[[Random], Image.Image]] = [text, line_art, window, smooth, checkers, leaves, rows]
+def posters(random: Random) -> Image.Image:
+    """Flat colours side by side, most of them saturated; their edges hard or smooth."""
+    finer = int(random.choice([1, FINER]))
+    side = SIDE * finer
+    image = Image.new("RGB", (side, side))
+    draw = ImageDraw.Draw(image)
+
+    def fill() -> Colour:
+        if random.random() < 0.3:
+            return colour(random)
+        levels = random.choice([0, 255], 3) + random.integers(-50, 51, 3) * (random.random() < 0.5)
+        return tuple(levels.clip(0, 255).tolist())
+
+    across, down = (np.r_[0, np.sort(random.integers(0, side, random.integers(2, 16))), side] for _ in range(2))
+    for (left, right), (top, bottom) in product(pairwise(across.tolist()), pairwise(down.tolist())):
+        draw.rectangle((left, top, right, bottom), fill())
+    for _ in range(random.integers(0, 12)):
+        x, y, radius = (random.uniform(0, 1, 3) * (side, side, side / 4)).tolist()
+        if random.random() < 0.5:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill())
+        else:
+            corners = random.normal((x, y), radius, (int(random.integers(3, 6)), 2))
+            draw.polygon(corners.ravel().tolist(), fill())
+    return image.reduce(finer)
+
+
+KINDS: list[Callable[[Random], Image.Image]] = [text, line_art, window, smooth, checkers, leaves, rows, posters]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("photographs", type=Path)
@@ -189,12 +216,12 @@ parser.add_argument("--each", type=int, default=30, help="pictures of a kind")
 options = parser.parse_args()
 
 options.out.mkdir(parents=True, exist_ok=True)
-random = np.random.default_rng(0)
-for kind in KINDS:
+for nth, kind in enumerate(KINDS, 1):
     for number in range(options.each):
-        kind(random).save(options.out / f"{kind.__name__}_{number}.png")
+        kind(np.random.default_rng([nth, number])).save(options.out / f"{kind.__name__}_{number}.png")
 photographs = pictures(options.photographs)
 for number, path in enumerate(photographs[:: max(1, len(photographs) // options.each)][: options.each]):
+    random = np.random.default_rng([0, number])
     soft = opened(path).filter(ImageFilter.GaussianBlur(2 ** random.uniform(1, 3)))
     left, top = (max(0, int(random.integers(side - SIDE + 1))) if side > SIDE else 0 for side in soft.size)
     soft.crop((left, top, min(left + SIDE, soft.width), min(top + SIDE, soft.height))).save(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from infdit_core import InfDiT, load_infdit
+from infdit_core import InfDiT, cli, load_infdit, upscale
 from infdit_core.cli import main
 from infdit_core.infdit import InfDiTConfig, Preset, save_infdit
 from infdit_core.infdit.checkpoint import CLIP_PREFIX, ROPE_TABLES, convert, key_table
@@ -105,6 +105,25 @@ def test_a_folder_goes_on_after_a_bad_file(run: Run, photo: Path, weights: Path,
     assert status == 1 and "good.png" in said
     assert "bad.png" in complaint and "1 of 2" in complaint
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.png"]
+
+
+def test_a_folder_goes_on_after_a_picture_too_large_for_the_memory(
+    run: Run, photo: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    photo.rename(folder / "small.png")
+    Image.new("RGB", (90, 90)).save(folder / "large.png")
+
+    def full(image: torch.Tensor, **options: object) -> torch.Tensor:
+        if image.shape[1] == 90:
+            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+        return upscale(image, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cli, "upscale", full)
+    status, said, complaint = run("upscale", folder, "-o", tmp_path / "out", "--model", weights)
+    assert status == 1 and "small.png" in said and "1 of 2" in complaint
+    assert "large.png: out of memory; choose a smaller result" in complaint
 
 
 def test_nothing_is_lost(run: Run, photo: Path, weights: Path, tmp_path: Path) -> None:
@@ -261,8 +280,17 @@ def test_eval(run: Run, tmp_path: Path) -> None:
     figures = json.loads(said)["mean"]
     assert status == 0 and figures["psnr_y"] == pytest.approx(20 * np.log10(255 / (219 * 5 / 255)), abs=1e-3)
     assert set(figures) == {"psnr_y", "ssim_y", "seam_energy"}
+    Image.fromarray(pixels).save(tmp_path / "b" / "x.png")
+    same = json.loads(run("eval", "--original", tmp_path / "a", "--upscaled", tmp_path / "b", "--json")[1])["mean"]
+    assert same["psnr_y"] is None and same["ssim_y"] == pytest.approx(1)
     Image.new("RGB", (8, 8)).save(tmp_path / "b" / "x.png")
     assert "8 x 8, its original 80 x 80" in run("eval", "--original", tmp_path / "a", "--upscaled", tmp_path / "b")[2]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.png")
+    said = run("eval", "--original", tmp_path / "a", "--upscaled", tmp_path / "b")[2]
+    assert "x.png: SSIM needs pictures of at least 19" in said
+    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "x.webp")
+    said = run("eval", "--original", tmp_path / "a", "--upscaled", tmp_path / "b")[2]
+    assert "x.png and" in said and "can't be told apart" in said
 
 
 def test_bench(run: Run) -> None:

@@ -99,19 +99,29 @@ def test_sixteen_bit_png_keeps_its_depth(tmp_path: Path, channels: int) -> None:
     assert read_picture(tmp_path / "b.png").icc_profile == b"profile"
 
 
+def test_sixteen_bit_grey_keeps_the_level_that_is_transparent(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        png.Writer(2, 1, greyscale=True, bitdepth=16, transparent=300).write(file, [[300, 40000]])
+    picture = read_picture(tmp_path / "a.png")
+    assert picture.bits == 16
+    assert (picture.pixels * 65535).round().tolist() == [[[300, 0], [40000, 65535]]]
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("hello")
     Image.fromarray(rgb(64, 64)).save(tmp_path / "whole.png")
     (tmp_path / "short.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    Image.fromarray(np.full((3, 3), 70000, dtype=np.int32)).save(tmp_path / "deep.tif")
     for name, said in [
-        ("empty", "is empty"),
-        ("text", "is not a picture"),
-        ("short", "can't be read"),
-        ("no", "exist"),
+        ("empty.png", "is empty"),
+        ("text.png", "is not a picture"),
+        ("short.png", "can't be read"),
+        ("deep.tif", "no known range"),
+        ("no.png", "exist"),
     ]:
         with pytest.raises(PictureError, match=said):
-            read_picture(tmp_path / f"{name}.png")
+            read_picture(tmp_path / name)
 
 
 def test_nothing_is_overwritten_or_half_written(tmp_path: Path) -> None:
@@ -128,6 +138,12 @@ def test_nothing_is_overwritten_or_half_written(tmp_path: Path) -> None:
         write_picture(tmp_path / "b.webp", picture._replace(pixels=torch.rand(1, 17000, 3)))
     assert (tmp_path / "a.png").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / f"{'x' * 251}.png"
+    write_picture(path, Picture(torch.rand(2, 2, 3), 8, None, None))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_resize_is_pillows_bicubic() -> None:

@@ -118,7 +118,7 @@ def test_made_pictures_are_always_the_same(run: Run, photographs: Path, tmp_path
     for folder in ("once", "again"):
         run("made_pictures.py", photographs, tmp_path / folder, each=2)
     once = sorted(path.name for path in (tmp_path / "once").iterdir())
-    assert len(once) == 16  # two of seven kinds, and of the photographs out of focus
+    assert len(once) == 18  # two of eight kinds, and of the photographs out of focus
     for name in once:
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 

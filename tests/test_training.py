@@ -760,6 +760,7 @@ def test_damaged_and_small_pictures_dont_stop_a_run(
     for number in (1, 2, 4, 5):
         shutil.copy(photographs / f"{number % 4}.png", folder / f"{number}.png")
     shutil.copy(photographs / "1.png", tests / "whole.png")
+    Image.new("RGB", (35, 300)).save(tests / "small.png")
     Image.new("RGB", (300, 20)).save(folder / "small.png")
     (folder / "notes.txt").write_text("hello")
     out = tmp_path / "run"
@@ -767,9 +768,10 @@ def test_damaged_and_small_pictures_dont_stop_a_run(
     assert train(*tiny, *PLAIN, *places, f"out={out}", "steps=6")
     said = capsys.readouterr().err
     assert "4 pictures to train on, 1 to validate on, 1 to test on" in said
-    assert "3 skipped, all named in" in said
+    assert "4 skipped, all named in" in said
     skipped = (out / "skipped.txt").read_text()
     assert "small.png: it has 300 x 20 px" in skipped
+    assert "small.png: it has 35 x 300 px" in skipped
     assert "0-cut-and-held.png: it is damaged" in skipped
     assert f"{tests / 'cut.png'}: it is damaged" in skipped
     assert said.count("skipped " + str(folder / "5-cut.png")) == 1

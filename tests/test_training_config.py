@@ -28,6 +28,8 @@ def test_files_merge_in_order_and_arguments_win(tmp_path: Path) -> None:
     assert (config.batch, config.steps, config.data.crop, config.data.held) == (3, 50, 96, 2)
     assert parse([*NEEDED, first, second]).steps == 40
     assert parse([*NEEDED, second, first]).data.crop == 64
+    (tmp_path / "rate=0.1").mkdir()
+    assert parse([*NEEDED, write(tmp_path / "rate=0.1" / "config.yaml", "batch: 5\n")]).batch == 5
 
 
 def test_a_later_argument_wins() -> None:

@@ -58,9 +58,26 @@ def test_sizes(model: InfDiT, size: tuple[int | None, int | None], expected: tup
 
 
 def test_unequal_factors_never_shrink_a_side_on_the_way() -> None:
-    assert _passes((1000, 1000), (1000, 6400), 4) == [(1000, 1600), (1000, 6400)]
-    assert _passes((4000, 1), (4000, 4000), 4)[0][0] == 4000
-    assert _passes((10, 10), (80, 80), 4) == [(20, 20), (80, 80)]
+    assert _passes((1000, 1000), (1000, 6400), 4) == [((1000, 1000), (1000, 1600)), ((1000, 1600), (1000, 6400))]
+    assert _passes((4000, 1), (4000, 4000), 4)[1][0][0] == 4000
+    assert _passes((10, 10), (80, 80), 4) == [((10, 10), (20, 20)), ((20, 20), (80, 80))]
+
+
+def test_what_a_pass_makes_must_not_be_too_large_either() -> None:
+    assert target_size(9000, 9000, scale=1.2) == (10800, 10800)
+    with pytest.raises(ValueError, match="cut the picture"):
+        _passes((9000, 9000), (10800, 10800), 4)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_hidden_colours_leave_no_fringe(model: InfDiT, channels: int) -> None:
+    """A white cut-out on transparent black, as editors write it."""
+    picture = torch.zeros(1, 24, 24, channels)
+    picture[:, 6:17, 5:18] = 1
+    result = upscale(picture, model=model, scale=4, preset="faithful")
+    shown = result[..., -1:] > 0.05
+    assert 2000 < shown.sum() < 3200
+    assert (result[..., :-1] - 1).abs()[shown.expand_as(result[..., :-1])].max() < 0.02
 
 
 def test_a_network_that_adds_nothing_gives_bicubic(tiny_model: Callable[..., InfDiT]) -> None:
@@ -293,6 +310,16 @@ def test_progress_grows_to_one_and_can_stop(model: InfDiT) -> None:
     seen: list[float] = []
     upscale(image(9, 9, batch=2), model=model, scale=8, tile=1, on_progress=lambda p: seen.append(p.fraction))
     assert seen == sorted(seen) and seen[-1] == pytest.approx(1) and len(seen) > 10
+    seen.clear()
+    upscale(
+        image(16, 16),
+        model=model,
+        scale=16,
+        tile=None,
+        preset="faithful",
+        on_progress=lambda p: seen.append(p.fraction),
+    )
+    assert seen == pytest.approx([1 / 17, 1])  # the second pass has 16 times the pixels
 
     def stop(progress: UpscaleProgress) -> None:
         assert progress.estimate.isfinite().all()

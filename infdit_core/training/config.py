@@ -167,8 +167,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     A file is a path or the name of one in training/configs/. Raises ValueError for unknown keys and unfit values.
     """
     merged = OmegaConf.structured(TrainConfig)
-    settings = [argument for argument in arguments if "=" in argument]
-    for argument in (argument for argument in arguments if "=" not in argument):
+    settings = [argument for argument in arguments if "=" in argument and not Path(argument).is_file()]
+    for argument in (argument for argument in arguments if argument not in settings):
         path = CONFIGS / f"{argument}.yaml" if (CONFIGS / f"{argument}.yaml").exists() else Path(argument)
         if not path.is_file():
             known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))

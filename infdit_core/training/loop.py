@@ -227,6 +227,7 @@ def _signals() -> Iterator[_Asked]:
             signal.signal(number, handler)
 
 
+_JUDGED = 34  # pixels of a side, for what LPIPS looks at
 _UNTRAINED = "train it first, stage=predictor, or say network.predictor_width=0 network.predictor_depth=0"
 
 
@@ -265,9 +266,9 @@ def _network(config: TrainConfig) -> InfDiT:
             f"data.crop={config.data.crop}: it must be a multiple of {network.config.block_size}, the block"
         )
     unseen = grids(network.config)[-1]
-    if config.loss.perceptual and config.data.crop < 34 + unseen:
+    if config.loss.perceptual and config.data.crop < _JUDGED + unseen:
         raise TrainingError(
-            f"data.crop={config.data.crop}: loss.perceptual needs at least 34 pixels, for what LPIPS looks at"
+            f"data.crop={config.data.crop}: loss.perceptual needs at least {_JUDGED} pixels, for what LPIPS looks at"
             + (f", and {unseen} more, which the second grid of blocks doesn't reach" if unseen else "")
         )
     if unknown := [preset for preset in config.presets if preset not in network.config.presets]:
@@ -384,7 +385,8 @@ def _pictures(config: TrainConfig, network: InfDiTConfig, out: Path, fabric: Fab
                 f"{len(found)} pictures in {', '.join(data.train)}, and all are held for validation: "
                 "give more, or say data.held=1, or data.validation=[FOLDER]"
             )
-    tested, more = find_pictures(data.test, 4 * network.scale) if data.test else ([], [])
+    least = math.ceil(_JUDGED / network.scale) * network.scale  # what is over is cut off
+    tested, more = find_pictures(data.test, least) if data.test else ([], [])
     skipped += more
     tested, more = decodable(tested)
     skipped += more
