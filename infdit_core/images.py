@@ -239,13 +239,17 @@ def colours_and_alpha(planes: Tensor) -> tuple[Tensor, Tensor | None]:
     if planes.shape[1] not in (2, 4):
         return planes.expand(-1, 3, -1, -1), None
     colours, alpha = planes[:, :-1].expand(-1, 3, -1, -1), planes[:, -1:]
-    return _continue_colours(colours, alpha), alpha
+    shown = [_continue_colours(*one) for one in zip(colours.split(1), alpha.split(1), strict=True)]
+    return torch.cat(shown), alpha
 
 
 def _continue_colours(colours: Tensor, alpha: Tensor) -> Tensor:
-    """Where alpha is 0 the mean of what shows around, from the nearest there is: that of areas of 2, 4, 8... pixels."""
+    """Where alpha is 0 the mean of what shows around, from the nearest there is: that of areas of 2, 4, 8... pixels.
+
+    Of one picture: where nothing of it shows, its colours stay.
+    """
     hidden = alpha <= 0
-    if not hidden.any() or not (~hidden).flatten(1).any(1).all():  # or nothing to take it from
+    if not hidden.any() or hidden.all():
         return colours
     shown = F.avg_pool2d(alpha, 2, ceil_mode=True)
     mean = F.avg_pool2d(colours * alpha, 2, ceil_mode=True) / shown.clamp(min=torch.finfo(shown.dtype).tiny)

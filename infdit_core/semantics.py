@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 View = Literal["centre", "squash", "pad", "squares"]
 VIEWS = get_args(View)
+DESCRIPTION = "open_clip_config.json"  # beside the weights, where open_clip publishes them
 # What the published Inf-DiT was trained with.
 ARCHITECTURE, PRETRAINED = "ViT-L-14", "datacomp_xl_s13b_b90k"
 
@@ -161,7 +162,7 @@ def load_clip(path: str | Path, device: torch.device | str = "cpu", dtype: torch
     file = open_weights(path)
     prefix = _prefix(file)
     shapes = {name.removeprefix(prefix): shape for name, shape in file.shapes.items() if name.startswith(prefix)}
-    beside = file.path.parent / "open_clip_config.json"
+    beside = file.path.parent / DESCRIPTION
     described = _described(beside) if beside.is_file() else {}
     has_text = any(re.match(r"(text\.)?transformer\.", name) for name in shapes)
     text_config = described.get("model_cfg", {}).get("text_cfg", {})  # texts of Hugging Face's aren't read here

@@ -150,7 +150,6 @@ def upscale(
         nonlocal finished
         finished += part
 
-    results = []
     for index, picture in enumerate(image.permute(0, 3, 1, 2).float().split(1)):
         colours, alpha = colours_and_alpha(picture)
         x = colours * 2 - 1
@@ -169,8 +168,10 @@ def upscale(
             x = x.mean(1, keepdim=True)
         if alpha is not None:
             x = torch.cat([x, resize(alpha, size).clamp(0, 1)], dim=1)
-        results.append(x.permute(0, 2, 3, 1))
-    return results[0] if len(results) == 1 else torch.cat(results)
+        if index == 0:  # a batch is never held twice
+            results = x if len(image) == 1 else x.new_empty(len(image), *x.shape[1:])
+        results[index] = x[0]
+    return results.permute(0, 2, 3, 1)
 
 
 def semantics_matter(model: InfDiT) -> bool:
@@ -212,8 +213,11 @@ def _schedule(
         sigmas = sigmas.detach().float().cpu()
         if sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.isfinite().all() or not (sigmas.diff() < 0).all():
             raise ValueError("sigmas must be at least two numbers, each smaller than the one before")
-        if sigmas[-1] < 0 or sigmas[0] < config.sigma_min:
-            raise ValueError(f"sigmas must start above {config.sigma_min:g} and end at 0, not {sigmas[0]:g}")
+        if sigmas[-1] != 0 or not config.sigma_min <= sigmas[0] <= config.sigma_max * (1 + 1e-4):
+            raise ValueError(
+                f"sigmas go from {sigmas[0]:g} to {sigmas[-1]:g}: these weights take {config.sigma_min:g} to "
+                f"{config.sigma_max:g} at the start, and at the end it must be 0, or noise would be left"
+            )
         below = bool(sigmas[0] < config.sigma_max * (1 - 1e-4))
         return _Schedule(sigmas, from_estimate=below and not config.predictor_depth, only_estimate=False)
     if steps is not None and steps < 1:
@@ -230,13 +234,23 @@ def _schedule(
     return _Schedule(levels, start is not None and not config.predictor_depth, only_estimate)
 
 
+def pass_size(start: tuple[int, int], scale: int) -> tuple[int, int]:
+    """(height, width) of what one pass makes, whatever the target. Raises ValueError where that is too large."""
+    height, width = start[0] * scale, start[1] * scale
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"the network enlarges by {scale} at a time, whatever the result's size, and {width} x {height} pixels on "
+            f"the way are more than {MAX_PIXELS}: cut the picture into smaller ones first"
+        )
+    return height, width
+
+
 def _passes(
     size: tuple[int, int], target: tuple[int, int], scale: int
 ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """From which size every pass of the network starts, and to which its result is resized; the last is the target.
 
-    Where the sides grow by different factors, none falls below its input or its target on the way. Raises ValueError
-    where a pass itself makes too many pixels, whatever the target.
+    Where the sides grow by different factors, none falls below its input or its target on the way. Raises ValueError.
     """
     ratio = max(target[0] / size[0], target[1] / size[1])
     count = 0 if ratio <= 1 else math.ceil(math.log(ratio, scale) - 1e-9)
@@ -245,12 +259,8 @@ def _passes(
         return max(math.ceil(target[axis] / scale**left), min(target[axis], size[axis]))
 
     sizes = [size, *((side(0, left), side(1, left)) for left in reversed(range(count)))]
-    for height, width in sizes[:-1]:
-        if height * width * scale**2 > MAX_PIXELS:
-            raise ValueError(
-                f"the network enlarges by {scale} at a time, whatever the result's size: {width} x {height} would "
-                f"have more than {MAX_PIXELS} pixels on the way; cut the picture into smaller ones first"
-            )
+    for start in sizes[:-1]:
+        pass_size(start, scale)
     return list(pairwise(sizes))
 
 

@@ -69,19 +69,20 @@ def model_path(name: str) -> Path | None:
     return Path(found)
 
 
-def fingerprint(find: Callable[[str], Path | None], name: str | None) -> str:
+def fingerprint(find: Callable[[str], Path | None], name: str | None, *beside: str) -> str:
     """Changes when the file of a name does, so that the host loads it anew. find: `model_path` or `clip_path`.
 
-    name: None where it is linked, and not known yet.
+    name: None where it is linked, and not known yet. beside: files in the same folder that count too.
     """
     if name is None:
         return "linked"
     try:
         path = find(name)
-        found = None if path is None else path.stat()
+        files = [] if path is None else [path, *filter(Path.is_file, (path.parent / other for other in beside))]
+        found = [file.stat() for file in files]
     except (ValueError, OSError):
         return "missing"
-    return name + (f" {found.st_size} {found.st_mtime_ns}" if found else "")
+    return name + "".join(f" {stat.st_size} {stat.st_mtime_ns}" for stat in found)
 
 
 def is_there(find: Callable[[str], Path | None], name: str | None) -> bool | str:
@@ -377,6 +378,10 @@ class HostClip(NamedTuple):
     clip: semantics.Clip
     patcher: comfy.model_patcher.ModelPatcher
 
+    def get_ram_usage(self) -> int:
+        """Asked by the host's cache, where it must give memory back (`--cache-ram`)."""
+        return int(self.patcher.get_ram_usage())
+
 
 def load_clip(path: Path | None) -> HostClip:
     """path: None downloads the CLIP of the published Inf-DiT, once."""
@@ -463,7 +468,7 @@ def _driven(sampler: Any, model: comfy.model_patcher.ModelPatcher, seed: int) ->
 
     def run(denoise: samplers.Denoise, x: Tensor, sigmas: Tensor, *, noise: samplers.Noise) -> Tensor:
         # A sampler may seed its own noise with this, as the start's was: v0.3.64 then draws the very same.
-        options = {"model_options": {}, "seed": seed if isinstance(sampler, _Heun) else (seed + 1) % 2**64}
+        options = {"model_options": {}, "seed": seed if isinstance(sampler, _Heun) else (seed + 1) % (2**64 - 1)}
         # x has its noise already: it goes in as the picture that no noise is added to.
         return sampler.sample(
             _Guider(model, denoise), sigmas.to(x.device), options, None, torch.zeros_like(x), x, None, True

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit_core.images import colours_and_alpha
-from ..infdit_core.semantics import VIEWS
+from ..infdit_core.semantics import DESCRIPTION, VIEWS
 from . import host
 from .target import check_image
 
@@ -40,7 +40,7 @@ class LoadClip(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, clip_name: str | None) -> str:
-        return host.fingerprint(host.clip_path, clip_name)
+        return host.fingerprint(host.clip_path, clip_name, DESCRIPTION)
 
     @classmethod
     def validate_inputs(cls, clip_name: str | None) -> bool | str:

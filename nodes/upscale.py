@@ -47,7 +47,7 @@ class Upscale(io.ComfyNode):
                     "preset",
                     options=PRESETS,
                     default="balanced",
-                    tooltip="faithful: closest to the original on average, soft, fastest. balanced: sharper. detailed: "
+                    tooltip="faithful: closest to the original on average, soft. balanced: sharper. detailed: "
                     "sharpest, makes up most.",
                 ),
                 io.Int.Input("seed", tooltip="Another seed makes up other detail; 'faithful' doesn't use it.", **SEED),

@@ -11,6 +11,7 @@ from PIL import Image
 from infdit_core.images import (
     Picture,
     PictureError,
+    colours_and_alpha,
     match_low_frequencies,
     match_mean_deviation,
     pad_by_reflection,
@@ -151,6 +152,16 @@ def test_resize_is_pillows_bicubic() -> None:
     expected = np.asarray(Image.fromarray(pixels).resize((8, 6), Image.Resampling.BICUBIC), dtype=np.float32)
     got = resize(torch.from_numpy(pixels).permute(2, 0, 1)[None].float(), (6, 8))[0].permute(1, 2, 0).numpy()
     assert np.abs(got.round().clip(0, 255) - expected).max() <= 1
+
+
+def test_what_is_transparent_goes_on_with_the_colour_that_shows() -> None:
+    planes = torch.zeros(3, 4, 9, 13)
+    planes[1:, 0, 2:5, 3:6] = planes[1:, 3, 2:5, 3:6] = 1  # a red square, twice; the first picture is empty
+    planes[2, 2:4, :, 8:] = 1  # and something blue
+    colours, alpha = colours_and_alpha(planes)
+    assert torch.equal(colours[0], planes[0, :3]) and alpha is not None and torch.equal(alpha, planes[:, 3:])
+    assert torch.allclose(colours[1], torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 9, 13))
+    assert colours[2, 2, 4, 0] < 0.1 and colours[2, 0, 3, 3:6].min() == 1 and colours[2, 2, 4, 8:].min() == 1
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8])

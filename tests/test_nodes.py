@@ -541,6 +541,8 @@ def test_conditioning_carries_the_picture(
     low_res, samples = entries[host.LOW_RES], latent["samples"]
     assert samples.shape == (2, 3, 9 * config.scale, 20 * config.scale)
     assert torch.allclose(low_res, image.movedim(-1, 1) * 2 - 1)
+    with pytest.raises(ValueError, match="one vector, or 2"):
+        nodes["InfDiTConditioning"].execute(model=model, image=image, semantic=torch.rand(3, 8), **TARGET)
     without = nodes["InfDiTConditioning"].execute(model=model, image=image, **TARGET).args[0]
     assert set(without[0][1]) == {host.LOW_RES}
 
@@ -652,7 +654,11 @@ def test_clip_loader_offers_both_folders(pack: ModuleType, nodes: dict[str, Any]
         (choice,) = loader.define_schema().inputs
         assert choice.options == [host.NO_CLIP, "own.safetensors", "clip_vision/other.safetensors", host.DOWNLOAD]
         assert [host.clip_path(name) for name in choice.options[1:]] == [*paths, None]
-        assert len({loader.fingerprint_inputs(clip_name=name) for name in choice.options[1:]}) == 3
+        before = [loader.fingerprint_inputs(clip_name=name) for name in choice.options[1:]]
+        paths[0].with_name("open_clip_config.json").write_text("{}")
+        after = [loader.fingerprint_inputs(clip_name=name) for name in choice.options[1:]]
+        paths[0].with_name("open_clip_config.json").unlink()
+        assert len(set(before)) == 3 and before[0] != after[0] and before[1:] == after[1:]
         assert "No CLIP is chosen" in loader.validate_inputs(clip_name=host.NO_CLIP)
         for node, linked in ((loader, {"clip_name": None}), (nodes["InfDiTLoader"], {"model_name": None})):
             assert node.validate_inputs(**linked) is True

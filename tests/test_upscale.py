@@ -375,6 +375,8 @@ def test_bad_arguments_say_what_is_wrong(model: InfDiT) -> None:
         ({"sampler": "magic"}, "heun"),
         ({"colour": "red"}, "wavelet"),
         ({"tile": 0}, "at least 1 block"),
+        ({"sigmas": torch.tensor([0.5, 0.1])}, "noise would be left"),
+        ({"sigmas": torch.tensor([14.6, 1.0, 0.0])}, "to 2 at the start"),
     ]:
         with pytest.raises(ValueError, match=said):
             upscale(good, model=model, **({"scale": 4} | changes))  # type: ignore[arg-type]

@@ -101,16 +101,15 @@ class Predictor(nn.Module):
         """Add the answer to (B, 3, h * scale, w * scale), computed on `device` tile by tile.
 
         turns: of so many quarter turns of the picture the mean answer, turned back, is added (EDSR's self-ensemble).
-        on_tile(done, total) is called after every tile.
+        on_tile(done, total) is called after every turn of a tile.
         """
         condition, tiles = self.condition_of(low_res, device, dtype), _tiles(low_res, self.radius)
-        for done, (part, seen, inside) in enumerate(tiles, 1):
+        for done, ((part, seen, inside), turn) in enumerate(product(tiles, range(turns)), 1):
             picture = low_res[_window(seen)].to(device=device, dtype=dtype)
-            answers = [self(torch.rot90(picture, turn, (2, 3)), condition) for turn in range(turns)]
-            answer = torch.stack([torch.rot90(x.float(), -turn, (2, 3)) for turn, x in enumerate(answers)]).mean(0)
-            upsampled[_window(part, self.scale)] += answer[_window(inside, self.scale)].to(upsampled)
+            answer = torch.rot90(self(torch.rot90(picture, turn, (2, 3)), condition).float(), -turn, (2, 3))
+            upsampled[_window(part, self.scale)] += (answer[_window(inside, self.scale)] / turns).to(upsampled)
             if on_tile is not None:
-                on_tile(done, len(tiles))
+                on_tile(done, len(tiles) * turns)
 
 
 Area = tuple[range, range]  # rows and columns of low-resolution pixels
