@@ -229,7 +229,7 @@ def test_grey_stays_grey(name: str, preset: str) -> None:
 @pytest.mark.parametrize("name", ["line art", "diagonals"])
 def test_edges_get_no_colour(name: str, preset: str) -> None:
     result = upscaled(name, preset).result
-    assert rms(result - result.mean(1, keepdim=True)) < 1.1
+    assert rms(result - result.mean(1, keepdim=True)) < 0.85  # `keep_to` lets 0.94 through
 
 
 @pytest.mark.parametrize(("preset", "grain"), [("faithful", 1.1), ("balanced", 1.8), ("detailed", 1.8)])
@@ -254,7 +254,7 @@ def test_flat_areas_beside_edges_stay_flat(name: str, preset: str, grain: float)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", [*SMOOTH, "frame", "saturated"])
+@pytest.mark.parametrize("name", ["gradient", "frame", "saturated"])  # where it is smoother `keep_to` allows none
 def test_no_specks(name: str, preset: str) -> None:
     original, bicubic, result = upscaled(name, preset)
     assert greatest((result - bicubic)[far_from_edges(original)]) < 8
@@ -298,8 +298,8 @@ def test_hardly_a_pixel_overshoots_far(name: str, preset: str, more: float) -> N
 def test_saturated_colours_overshoot_little_and_are_much_nearer(preset: str) -> None:
     """Bicubic's overshoots are cut off at black and white there."""
     original, bicubic, result = upscaled("saturated", preset)
-    assert overshoot(result, original).flatten().quantile(0.999) < 17
-    assert psnr_y(result / 255, original / 255) - psnr_y(bicubic / 255, original / 255) > 8
+    assert overshoot(result, original).flatten().quantile(0.999) < 14
+    assert psnr_y(result / 255, original / 255) - psnr_y(bicubic / 255, original / 255) > 10
 
 
 @pytest.mark.parametrize(("preset", "gain"), [("faithful", 0.3), ("balanced", 0.2)])
