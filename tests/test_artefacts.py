@@ -254,7 +254,7 @@ def test_flat_areas_beside_edges_stay_flat(name: str, preset: str, grain: float)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ["gradient", "frame", "saturated"])  # where it is smoother `keep_to` allows none
+@pytest.mark.parametrize("name", ["gradient", "frame", "saturated"])  # in the others `keep_to` sees to it
 def test_no_specks(name: str, preset: str) -> None:
     original, bicubic, result = upscaled(name, preset)
     assert greatest((result - bicubic)[far_from_edges(original)]) < 8
