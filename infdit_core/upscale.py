@@ -128,12 +128,7 @@ def upscale(
     sampler = sampler or chosen.sampler
     if isinstance(sampler, str):
         sampler = SAMPLERS[sampler]
-    if semantic is not None and not semantics_matter(model):
-        semantic = None
-    if semantic is not None and (semantic.ndim != 2 or len(semantic) not in (1, len(image))):
-        raise ValueError(f"semantic has shape {tuple(semantic.shape)}: it must be one vector, or {len(image)}")
-    if semantic is not None and not semantic.isfinite().all():
-        raise ValueError("semantic holds values that are not numbers (NaN or infinite)")
+    semantic = usable_semantic(semantic, model, len(image))
     schedule = _schedule(model.config, chosen, steps, start, sigmas)
     size = target_size(image.shape[1], image.shape[2], scale=scale, size=size)
     passes = _passes((image.shape[1], image.shape[2]), size, model.config.scale)
@@ -179,6 +174,17 @@ def semantics_matter(model: InfDiT) -> bool:
     if not model.uses_semantics:
         _say_ignored()
     return model.uses_semantics
+
+
+def usable_semantic(semantic: Tensor | None, model: InfDiT, pictures: int) -> Tensor | None:
+    """semantic, None where it changes nothing. Raises ValueError unless it is one vector, or as many as pictures."""
+    if semantic is None or not semantics_matter(model):
+        return None
+    if semantic.ndim != 2 or len(semantic) not in (1, pictures):
+        raise ValueError(f"semantic has shape {tuple(semantic.shape)}: it must be one vector, or {pictures}")
+    if not semantic.isfinite().all():
+        raise ValueError("semantic holds values that are not numbers (NaN or infinite)")
+    return semantic
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..infdit_core.images import colours_and_alpha, resize
-from ..infdit_core.upscale import pass_size, semantics_matter
+from ..infdit_core.upscale import pass_size, usable_semantic
 from . import host
 from .semantics import Semantic
 from .target import result_size, target_inputs
@@ -61,10 +61,7 @@ class InfDiTConditioning(io.ComfyNode):
         if least[0] > x.shape[2] or least[1] > x.shape[3]:
             x = resize(x, (max(least[0], x.shape[2]), max(least[1], x.shape[3]))).clamp(-1, 1)
         large = pass_size((x.shape[2], x.shape[3]), config.scale)
-        if semantic is not None and not semantics_matter(network):
-            semantic = None
-        if semantic is not None and len(semantic) not in (1, len(image)):
-            raise ValueError(f"semantic has shape {tuple(semantic.shape)}: it must be one vector, or {len(image)}")
+        semantic = usable_semantic(semantic, network, len(image))
         entries = {host.LOW_RES: x} | ({} if semantic is None else {host.SEMANTIC: semantic})
         # The host's nodes for CONDITIONING want a tensor of text tokens; the network has none.
         conditioning = [[torch.zeros(len(image), 1, 1), entries]]

@@ -24,6 +24,13 @@ def opened(path: Path, scale: int = 4) -> Image.Image:
     return image.crop((0, 0, image.width // scale * scale, image.height // scale * scale))
 
 
+def middle(size: tuple[int, int], side: int, scale: int = 4) -> tuple[int, int, int, int]:
+    """The box in a picture's middle of at most side x side pixels, of whole low-resolution pixels."""
+    width, height = (min(length, side) // scale * scale for length in size)
+    left, top = (size[0] - width) // 2 // scale * scale, (size[1] - height) // 2 // scale * scale
+    return left, top, left + width, top + height
+
+
 def reduced(original: Image.Image, scale: int = 4) -> Image.Image:
     return original.resize((original.width // scale, original.height // scale), Image.Resampling.BICUBIC)
 

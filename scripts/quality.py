@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from originals import opened, pictures, reduced, tensor
+from originals import middle, opened, pictures, reduced, tensor
 from PIL import Image
 from torch import Tensor
 
@@ -94,12 +94,6 @@ def figures(result: Tensor, original: Tensor) -> dict[str, float]:
     }
 
 
-def middle(image: Image.Image, side: int) -> Image.Image:
-    width, height = (min(length, side) // options.scale * options.scale for length in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
 rows: list[dict[str, str | float]] = []
 paths = pictures(options.originals)
 table = (
@@ -112,7 +106,7 @@ if table:
 for number, path in enumerate(paths):
     original = opened(path, options.scale)
     if options.middle:
-        original = middle(original, options.middle)
+        original = original.crop(middle(original.size, options.middle, options.scale))
     small = reduced(original, options.scale)
     if options.degraded:
         small = degraded(small, number)
