@@ -49,23 +49,30 @@ def seam_energy(x: Tensor, block: int, befores: Sequence[int] = (0,), grid: int 
 
     block: pixels of a block's side. befores: for every grid of blocks, how many pixels of one come before the picture;
     the mean of all.
+    """
+    energies = []
+    for before in befores:
+        at_borders, elsewhere = border_steps(x, block, before, grid)
+        energies.append(at_borders / max(elsewhere, 1e-12))
+    return sum(energies) / len(energies)
+
+
+def border_steps(x: Tensor, block: int, before: int = 0, grid: int = 4) -> tuple[float, float]:
+    """Mean squared step of Y across block borders, and elsewhere, as for `seam_energy`.
 
     Elsewhere: by multiples of `grid` pixels, the scale, away. An enlarged picture's steps differ by where they lie
     between two low-resolution pixels (bicubic's by a third).
     """
     y = luma(x)
-    energies = []
-    for before in befores:
-        on, elsewhere = [], []
-        for axis in (2, 3):
-            steps = y.diff(dim=axis).square().mean(dim=(0, 1, 5 - axis))
-            place = torch.arange(1, len(steps) + 1) + before
-            on.append(steps[place % block == 0])
-            elsewhere.append(steps[(place % block != 0) & (place % grid == 0)])
-        if not len(torch.cat(on)):
-            raise ValueError(f"a picture of {x.shape[3]} x {x.shape[2]} has no border of {block}-pixel blocks")
-        energies.append(torch.cat(on).mean() / torch.cat(elsewhere).mean().clamp(min=1e-12))
-    return float(torch.stack(energies).mean())
+    on, elsewhere = [], []
+    for axis in (2, 3):
+        steps = y.diff(dim=axis).square().mean(dim=(0, 1, 5 - axis))
+        place = torch.arange(1, len(steps) + 1) + before
+        on.append(steps[place % block == 0])
+        elsewhere.append(steps[(place % block != 0) & (place % grid == 0)])
+    if not len(torch.cat(on)):
+        raise ValueError(f"a picture of {x.shape[3]} x {x.shape[2]} has no border of {block}-pixel blocks")
+    return float(torch.cat(on).mean()), float(torch.cat(elsewhere).mean())
 
 
 Lpips = Callable[[Tensor, Tensor], Tensor]  # pictures (B, 3, H, W) in 0..1, twice -> distances (B,)

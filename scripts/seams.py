@@ -2,10 +2,11 @@
 
 seams.py ORIGINALS [--middle 512] [--presets NAME ...] [--others FOLDER]
 
-Few borders cross a picture, and a contour near one weighs as much as a seam. So every picture is also enlarged without
-its first 1, 2, ... low-resolution rows and columns, and its seam energy is the mean over a whole block of them. The
-originals, bicubic and --others, that have no blocks, are measured at the same places. Prints a table in Markdown, with
-how far the pictures' means lie apart (standard error of the mean over pictures).
+Few borders cross a picture, and a contour on one weighs as much as a seam. So every picture is also enlarged without
+its first 1, 2, ... low-resolution rows and columns, over a whole block of them, and the steps at borders, and those
+elsewhere, are summed before one is divided by the other. The originals, bicubic and --others are measured at the same
+places. Prints a table in Markdown: means over the pictures with their standard errors, and beside them what the place
+of the whole picture alone would say.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from PIL import Image
 
 from infdit_core import load_infdit, upscale
 from infdit_core.evaluation import grids
-from infdit_core.metrics import seam_energy
+from infdit_core.metrics import border_steps
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("originals", type=Path)
@@ -26,9 +27,10 @@ parser.add_argument("--presets", nargs="*", default=["faithful", "balanced", "de
 parser.add_argument("--middle", type=int, default=512, help="pixels in the middle of every original (512)")
 parser.add_argument("--others", type=Path, help="results at x4 of other upscalers: NAME/PICTURE.png, as of rivals.py")
 options = parser.parse_args()
+
 model = load_infdit(options.model)
 scale, block = model.config.scale, model.config.block_size
-energies: dict[str, list[list[float]]] = {}  # of every picture, at every place
+energies: dict[str, list[tuple[float, float]]] = {}  # of every picture: over all places, at the first
 for path in pictures(options.originals):
     original = opened(path, scale)
     box = middle(original.size, options.middle, scale)
@@ -37,22 +39,24 @@ for path in pictures(options.originals):
     fixed = {"original": original, "bicubic": small.resize(original.size, Image.Resampling.BICUBIC)}
     for folder in sorted(options.others.iterdir()) if options.others else []:
         fixed[folder.name] = opened(folder / f"{path.stem}.png").crop(box)
-    here: dict[str, list[float]] = {}
+    steps: dict[str, list[list[tuple[float, float]]]] = {}  # by place and grid
     for place in range(block // scale):
         rest = (place * scale, place * scale, *original.size)
         results = {name: tensor(image.crop(rest)) for name, image in fixed.items()}
-        low_res = tensor(small.crop((place, place, small.width, small.height)))
+        low_res = tensor(small.crop((place, place, *small.size)))
         for preset in options.presets:
             results[preset] = upscale(low_res, model=model, scale=scale, preset=preset)
         for name, x in results.items():
             levels = (x * 255).round().permute(0, 3, 1, 2) / 255
-            here.setdefault(name, []).append(seam_energy(levels, block, grids(model.config), scale))
-    for name, of_name in here.items():
-        energies.setdefault(name, []).append(of_name)
-        print(f"{path.stem:28} {name:16} {np.mean(of_name):8.4f}", flush=True)
+            here = [border_steps(levels, block, before, scale) for before in grids(model.config)]
+            steps.setdefault(name, []).append(here)
+    for name, of_name in steps.items():
+        (at_borders, elsewhere), first = np.sum(of_name, axis=(0, 1)), np.sum(of_name[0], axis=0)
+        energies.setdefault(name, []).append((at_borders / elsewhere, first[0] / first[1]))
+        print(f"{path.stem:28} {name:16} {energies[name][-1][0]:8.4f}", flush=True)
 
 print("\n| | seam energy over all places | at one place |\n|---|---|---|")
 for name, of_name in energies.items():
-    means = np.mean(of_name, axis=1)
-    error = np.std(means, ddof=1) / len(means) ** 0.5
-    print(f"| {name} | {np.mean(means):.3f} ± {error:.3f} | {np.mean(of_name, axis=0)[0]:.3f} |")
+    means, errors = np.mean(of_name, axis=0), np.std(of_name, axis=0, ddof=1) / len(of_name) ** 0.5
+    cells = (f"{mean:.3f} ± {error:.3f}" for mean, error in zip(means, errors, strict=True))
+    print(f"| {name} | {' | '.join(cells)} |")

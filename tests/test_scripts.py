@@ -74,6 +74,29 @@ def test_degraded_low_resolutions_are_harder(run: Run, photographs: Path, tmp_pa
     assert all(float(d["psnr_y"]) < float(c["psnr_y"]) for c, d in zip(clean, degraded, strict=True))
 
 
+def test_seams_are_told_from_contours(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A contour where one of our borders is weighs at that place alone, what begins anew in every block always does."""
+
+    def blocks(low_res: Tensor, *, scale: int, **_: object) -> Tensor:
+        large = low_res.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        row, column = (torch.arange(length) // 32 for length in large.shape[1:3])
+        return large + 0.02 * ((row[:, None] + column) % 2)[..., None]
+
+    monkeypatch.setattr("infdit_core.upscale", blocks)
+    pixels = np.random.default_rng(0).integers(100, 140, size=(160, 160, 3), dtype=np.uint8)
+    pixels[:, 64:] += 100
+    (tmp_path / "originals").mkdir()
+    for number in range(2):
+        Image.fromarray(np.rot90(pixels, number)).save(tmp_path / "originals" / f"{number}.png")
+    run("seams.py", tmp_path / "originals", presets="faithful")
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-3:]]
+    everywhere, at_one_place = ({line[0]: float(line[n].split()[0]) for line in lines} for n in (1, 2))
+    assert at_one_place["original"] > 5 and 0.9 < everywhere["original"] < 1.1
+    assert everywhere["faithful"] > 1.2
+
+
 def test_strip_shows_details_side_by_side(run: Run, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     pictures = {name: random.integers(256, size=(200, 240, 3), dtype=np.uint8) for name in ("original", "a", "b")}
