@@ -1,4 +1,4 @@
-"""Measure seam energy with our blocks at every place in a picture, so that what the picture shows there evens out.
+"""Measure seam energy with our blocks moved by every low-resolution pixel, so that what the picture shows evens out.
 
 seams.py ORIGINALS [--middle 512] [--presets NAME ...] [--others FOLDER]
 
@@ -6,7 +6,7 @@ Few borders cross a picture, and a contour on one weighs as much as a seam. So e
 its first 1, 2, ... low-resolution rows and columns, over a whole block of them, and the steps at borders, and those
 elsewhere, are summed before one is divided by the other. The originals, bicubic and --others are measured at the same
 places. Prints a table in Markdown: means over the pictures with their standard errors, and beside them what the place
-of the whole picture alone would say.
+of the whole picture alone would say (both grids' steps summed there too; quality.py has the mean of two ratios).
 """
 
 import argparse
@@ -28,17 +28,25 @@ parser.add_argument("--middle", type=int, default=512, help="pixels in the middl
 parser.add_argument("--others", type=Path, help="results at x4 of other upscalers: NAME/PICTURE.png, as of rivals.py")
 options = parser.parse_args()
 
+if options.others and not options.others.is_dir():
+    parser.error(f"--others {options.others}: no such folder")
 model = load_infdit(options.model)
+if unknown := [preset for preset in options.presets if preset not in model.config.presets]:
+    parser.error(f"--presets {unknown[0]}: the weights have {', '.join(model.config.presets)}")
 scale, block = model.config.scale, model.config.block_size
 energies: dict[str, list[tuple[float, float]]] = {}  # of every picture: over all places, at the first
 for path in pictures(options.originals):
     original = opened(path, scale)
-    box = middle(original.size, options.middle, scale)
+    whole, box = original.size, middle(original.size, options.middle, scale)
     original = original.crop(box)
     small = reduced(original, scale)
     fixed = {"original": original, "bicubic": small.resize(original.size, Image.Resampling.BICUBIC)}
     for folder in sorted(options.others.iterdir()) if options.others else []:
-        fixed[folder.name] = opened(folder / f"{path.stem}.png").crop(box)
+        file = folder / f"{path.stem}.png"
+        result = opened(file, scale) if file.exists() else None
+        if result is None or result.size != whole:
+            raise SystemExit(f"{file} is {result.size if result else 'missing'}, its original {whole}")
+        fixed[folder.name] = result.crop(box)
     steps: dict[str, list[list[tuple[float, float]]]] = {}  # by place and grid
     for place in range(block // scale):
         rest = (place * scale, place * scale, *original.size)

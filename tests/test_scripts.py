@@ -82,7 +82,7 @@ def test_seams_are_told_from_contours(
     def blocks(low_res: Tensor, *, scale: int, **_: object) -> Tensor:
         large = low_res.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         row, column = (torch.arange(length) // 32 for length in large.shape[1:3])
-        return large + 0.02 * ((row[:, None] + column) % 2)[..., None]
+        return large + 0.05 * ((row[:, None] + column) % 2)[..., None]
 
     monkeypatch.setattr("infdit_core.upscale", blocks)
     pixels = np.random.default_rng(0).integers(100, 140, size=(160, 160, 3), dtype=np.uint8)
@@ -94,7 +94,10 @@ def test_seams_are_told_from_contours(
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-3:]]
     everywhere, at_one_place = ({line[0]: float(line[n].split()[0]) for line in lines} for n in (1, 2))
     assert at_one_place["original"] > 5 and 0.9 < everywhere["original"] < 1.1
-    assert everywhere["faithful"] > 1.2
+    assert everywhere["faithful"] > 1.4
+    (tmp_path / "others" / "rival").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"rival/0\.png is missing"):
+        run("seams.py", tmp_path / "originals", presets=[], others=tmp_path / "others")
 
 
 def test_strip_shows_details_side_by_side(run: Run, tmp_path: Path) -> None:
