@@ -58,8 +58,9 @@ def seam_energy(x: Tensor, block: int, befores: Sequence[int] = (0,), grid: int 
 
 
 def border_steps(x: Tensor, block: int, before: int = 0, grid: int = 4) -> tuple[float, float]:
-    """Mean squared step of Y across block borders, and elsewhere, as for `seam_energy`.
+    """Mean squared step of Y across block borders, and elsewhere, of (1, 3, H, W): what `seam_energy` divides.
 
+    Raises ValueError where no border crosses the picture.
     Elsewhere: by multiples of `grid` pixels, the scale, away. An enlarged picture's steps differ by where they lie
     between two low-resolution pixels (bicubic's by a third).
     """

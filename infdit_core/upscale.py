@@ -177,7 +177,7 @@ def semantics_matter(model: InfDiT) -> bool:
 
 
 def usable_semantic(semantic: Tensor | None, model: InfDiT, pictures: int) -> Tensor | None:
-    """semantic, None where it changes nothing. Raises ValueError unless it is one vector, or as many as pictures."""
+    """semantic, (1 or pictures, size), or None where it changes nothing. Raises ValueError for others and for NaN."""
     if semantic is None or not semantics_matter(model):
         return None
     if semantic.ndim != 2 or len(semantic) not in (1, pictures):
