@@ -84,6 +84,7 @@ def upscale(
     preset: str = "balanced",
     steps: int | None = None,
     start: float | None = None,
+    detail: float | None = None,
     sigmas: Tensor | None = None,
     sampler: str | Sampler | None = None,
     seed: int = 0,
@@ -101,10 +102,11 @@ def upscale(
     sigma of the noise put on a first picture, the predictor's or without one the network's estimate, from where the
     sampler takes `steps` steps; steps = 1 alone is that estimate, one evaluation from the largest sigma. sigmas: a
     schedule of your own in their place, n + 1 falling values; one that starts below the weights' largest sigma
-    starts on the first picture. sampler: heun, euler, ddim or dpmpp_2m, or a function with the signature of those,
-    instead of the preset's. seed: every picture's own, so that it doesn't matter what else is in the batch. tile:
-    blocks a step, "auto" by free memory, None all at once; never changes the result. colour: transfer from the
-    input, "wavelet" the low frequencies, "mean" mean and deviation.
+    starts on the first picture. detail: share of the detailer in that picture, None: the preset's, or 0 beside any of
+    the others, for a sampler brings details of its own. sampler: heun, euler, ddim or dpmpp_2m, or a function with
+    the signature of those, instead of the preset's. seed: every picture's own, so that it doesn't matter what else is
+    in the batch. tile: blocks a step, "auto" by free memory, None all at once; never changes the result. colour:
+    transfer from the input, "wavelet" the low frequencies, "mean" mean and deviation.
     on_progress is called after every tile; what it raises stops the work.
 
     Returns (B, H', W', C) fp32 on image's device. Raises ValueError for what can't be done.
@@ -130,9 +132,13 @@ def upscale(
         sampler = SAMPLERS[sampler]
     semantic = usable_semantic(semantic, model, len(image))
     schedule = _schedule(model.config, chosen, steps, start, sigmas)
+    if detail is None:
+        detail = chosen.detail if steps is None and start is None and sigmas is None else 0.0
+    model.config.check_detail(detail)
     size = target_size(image.shape[1], image.shape[2], scale=scale, size=size)
     passes = _passes((image.shape[1], image.shape[2]), size, model.config.scale)
-    work = model.config.prediction_work + schedule.evaluations(sampler)  # for every pixel that a pass starts from
+    # For every pixel that a pass starts from.
+    work = model.config.prediction_work(detail) + schedule.evaluations(sampler)
     work *= len(image) * sum(math.prod(start) for start, _ in passes)
     finished = 0.0
 
@@ -150,7 +156,7 @@ def upscale(
         x = colours * 2 - 1
         vector = None if semantic is None else semantic[index % len(semantic)][None]
         for _, wanted in passes:
-            x = _enlarge(x, model, schedule, sampler, seed, vector, tile, report, complete)
+            x = _enlarge(x, model, schedule, detail, sampler, seed, vector, tile, report, complete)
             x = x if tuple(x.shape[2:]) == wanted else resize(x, wanted)
             x = x.clamp_(-1, 1)
         if not passes:
@@ -274,6 +280,7 @@ def _enlarge(
     x: Tensor,
     model: InfDiT,
     schedule: _Schedule,
+    detail: float,
     sampler: Sampler,
     seed: int,
     semantic: Tensor | None,
@@ -289,8 +296,8 @@ def _enlarge(
     config = model.config
     noise = noise_of(seed)
     evaluation_work = x.shape[2] * x.shape[3]
-    prediction_work = config.prediction_work * evaluation_work
-    upsampled = model.upsample(x, on_tile=partial(on_tile, part=prediction_work))
+    prediction_work = config.prediction_work(detail) * evaluation_work
+    upsampled = model.upsample(x, on_tile=partial(on_tile, part=prediction_work), detail=detail)
     on_part(prediction_work)
     memory = MemoryPlan(model, (x.shape[2], x.shape[3]), tile)
 

@@ -1,6 +1,8 @@
-"""Try starts, ends, steps and samplers on originals that are reduced to a quarter first: what presets are chosen by.
+"""Try shares of detail, and starts, ends, steps and samplers on originals that are reduced to a quarter first: what
+presets are chosen by.
 
-sweep.py ORIGINALS --lpips FILE [--starts SIGMA ...] [--ends SIGMA ...] [--samplers NAME:STEPS ...] [--csv FILE]
+sweep.py ORIGINALS --lpips FILE [--details SHARE ...] [--starts SIGMA ...] [--ends SIGMA ...]
+         [--samplers NAME:STEPS ...] [--csv FILE]
 
 Prints a table in Markdown, means over the pictures; `plane.py` draws what --csv writes.
 """
@@ -32,6 +34,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("originals", type=Path)
 parser.add_argument("--lpips", type=Path, required=True, help="LPIPS weights, of AlexNet or VGG16")
 parser.add_argument("--model", type=Path, help="weights file (the shipped default)")
+parser.add_argument("--details", nargs="*", type=float, help="of the estimate alone (0 to 1 where there is a detailer)")
 parser.add_argument("--starts", nargs="*", type=float, default=[0.4, 0.8, 1.2])
 parser.add_argument("--ends", nargs="*", type=float, default=[0.08, 0.12, 0.2], help="where the last step begins")
 parser.add_argument("--samplers", nargs="*", type=sampler_steps, default=[("euler", 2), ("euler", 3)])
@@ -43,6 +46,12 @@ if unfit := [s for s in options.starts if not model.config.sigma_min < s <= mode
     parser.error(f"--starts {unfit[0]}: above {model.config.sigma_min:g}, up to {model.config.sigma_max:g}")
 if unfit := [end for end in options.ends if not 0 < end <= min(options.starts, default=end)]:
     parser.error(f"--ends {unfit[0]}: above 0, and no higher than any of --starts")
+details = options.details or ([0.0, 0.4, 0.6, 0.8, 1.0] if model.config.detail_rank else [0.0])
+for share in details:
+    try:
+        model.config.check_detail(share)
+    except ValueError as error:
+        parser.error(f"--details {share:g}: {error}")
 lpips = load_lpips(options.lpips)
 evaluations: list[Tensor] = []  # of the setting under work, by their sigmas
 evaluate = model.denoise
@@ -58,8 +67,10 @@ originals = [(path.stem, opened(path)) for path in pictures(options.originals)]
 table = csv.writer(options.csv.open("w", newline="", buffering=1)) if options.csv else None
 if table:
     table.writerow(["picture", "name", "start", "psnr_y", "lpips"])
-print("| start | end | sampler, steps | evaluations | PSNR-Y | LPIPS |\n|---|---|---|---|---|---|")
-settings: dict[tuple[str, str, str], dict[str, Any]] = {("", "", "the estimate"): {"steps": 1}}
+print("| start, or detail | end | sampler, steps | evaluations | PSNR-Y | LPIPS |\n|---|---|---|---|---|---|")
+settings: dict[tuple[str, str, str], dict[str, Any]] = {
+    (f"{share:g}", "", "the estimate"): {"steps": 1, "detail": share} for share in details
+}
 for sampler, steps in options.samplers:
     for end in options.ends:
         for start in options.starts:

@@ -9,7 +9,7 @@ import torch
 from infdit_core import upscale
 from infdit_core.evaluation import keep_to
 from infdit_core.images import resize
-from infdit_core.infdit import InfDiT, InfDiTConfig, load_infdit, predictor
+from infdit_core.infdit import InfDiT, InfDiTConfig, Preset, load_infdit, predictor
 from infdit_core.infdit.checkpoint import describe, save_infdit
 from infdit_core.upscale import UpscaleProgress
 from infdit_core.weights import WeightsError, open_weights
@@ -30,6 +30,15 @@ def model(tiny_model: MakeModel) -> InfDiT:
 def conditioned(tiny_model: MakeModel) -> InfDiT:
     """Told how its low resolution was degraded."""
     return tiny_model(**SIZES, predictor_condition=5)
+
+
+@pytest.fixture(scope="module")
+def detailed(tiny_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> InfDiT:
+    """With a detailer, as a file holds it."""
+    path = tmp_path_factory.mktemp("detailed") / "own.safetensors"
+    presets = {"faithful": Preset(1), "balanced": Preset(1, detail=0.5), "detailed": Preset(1, detail=1)}
+    save_infdit(path, tiny_model(**SIZES, detail_rank=3, presets=presets), torch.float32)
+    return load_infdit(path)
 
 
 def low_res(height: int, width: int) -> torch.Tensor:
@@ -112,7 +121,7 @@ def test_progress_comes_while_it_is_predicted(model: InfDiT, monkeypatch: pytest
     monkeypatch.setattr(predictor, "TILE", 8)
     told: list[UpscaleProgress] = []
     upscale(low_res(8, 20).permute(0, 2, 3, 1) / 2 + 0.5, model=model, scale=4, steps=1, on_progress=told.append)
-    share = model.config.prediction_work / (1 + model.config.prediction_work)
+    share = model.config.prediction_work() / (1 + model.config.prediction_work())
     assert [t.fraction for t in told[:12]] == pytest.approx([share * n / 12 for n in range(1, 13)])  # turns of tiles
     assert told[12].fraction > share and told[-1].fraction == pytest.approx(1)
 
@@ -188,3 +197,73 @@ def test_less_than_no_condition_is_refused() -> None:
 def test_half_a_predictor_is_refused(sizes: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"predictor_width and predictor_depth are .*both"):
         InfDiTConfig(predictor_width=sizes[0], predictor_depth=sizes[1]).check()
+
+
+def test_detail_is_the_share_of_the_detailers_answer(detailed: InfDiT, assert_close: CloseTo) -> None:
+    small = low_res(9, 6)
+    assert detailed.detailer is not None
+    first, second = detailed.predict(small), detailed.predict(small, detail=1)
+    assert_close(second, resize(small, (36, 24)) + detailed.detailer(small), 1e-5)
+    assert (second - first).abs().max() > 0.1
+    assert_close(detailed.predict(small, detail=0.25), first.lerp(second, 0.25), 1e-5)
+    turned = detailed.predict(small, turns=4)
+    assert_close(detailed.predict(small, turns=4, detail=0.25), turned.lerp(second, 0.25), 1e-5)
+
+
+def test_a_preset_says_how_much_detail_unless_a_sampler_is_asked_for(detailed: InfDiT) -> None:
+    image = low_res(8, 8).permute(0, 2, 3, 1) / 2 + 0.5
+    given = {"model": detailed, "scale": 4.0}
+    plain, half, whole = (upscale(image, preset=p, **given) for p in ("faithful", "balanced", "detailed"))
+    assert not torch.equal(plain, half) and not torch.equal(half, whole)
+    assert torch.equal(upscale(image, preset="faithful", detail=0.5, **given), half)
+    assert torch.equal(upscale(image, preset="detailed", steps=1, **given), plain)
+    started = upscale(image, preset="detailed", steps=2, start=0.3, **given)
+    assert torch.equal(upscale(image, preset="faithful", steps=2, start=0.3, **given), started)
+    levels = torch.tensor([0.3, 0.1, 0.0])
+    sampled = upscale(image, preset="detailed", sigmas=levels, **given)
+    assert torch.equal(upscale(image, preset="faithful", sigmas=levels, **given), sampled)
+
+
+def test_progress_comes_from_both(detailed: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor, "TILE", 8)
+    told: list[UpscaleProgress] = []
+    image = low_res(8, 20).permute(0, 2, 3, 1) / 2 + 0.5
+    upscale(image, model=detailed, scale=4, preset="balanced", on_progress=told.append)
+    share = detailed.config.prediction_work(0.5) / (1 + detailed.config.prediction_work(0.5))
+    assert [t.fraction for t in told[:15]] == pytest.approx([share * n / 15 for n in range(1, 16)])
+    assert told[15].fraction > share and told[-1].fraction == pytest.approx(1)
+
+
+def test_files_hold_a_detailer_as_what_it_adds(detailed: InfDiT, tmp_path: Path, assert_close: CloseTo) -> None:
+    path = tmp_path / "own.safetensors"
+    save_infdit(path, detailed, torch.float32)
+    file, again = open_weights(path), load_infdit(path)
+    assert file.shapes["detailer.blocks.1.conv_in.up"] == (6, 3)
+    assert file.shapes["detailer.blocks.1.conv_in.down"] == (3, 6 * 9)
+    assert "detailer.blocks.1.conv_in.weight" not in file.shapes
+    assert again.config == detailed.config
+    assert_close(again.predict(low_res(8, 8), detail=1), detailed.predict(low_res(8, 8), detail=1), 1e-4)
+    assert describe(file)["detailer"] == "adds to the predictor's kernels with rank 3"
+    assert describe(file)["presets"].endswith("detailed: the estimate alone, detail 1")
+
+
+def test_a_file_that_lacks_a_factor_is_refused(detailed: InfDiT, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "own.safetensors"
+    save_infdit(path, detailed)
+    tensors, metadata = load_file(path), open_weights(path).metadata
+    del tensors["detailer.blocks.1.conv_out.down"]
+    save_file(tensors, path, dict(metadata))
+    with pytest.raises(WeightsError, match=r"missing: detailer\.blocks\.1\.conv_out\.down"):
+        load_infdit(path)
+
+
+def test_detail_that_cant_be_is_refused(model: InfDiT, detailed: InfDiT) -> None:
+    image = low_res(8, 8).permute(0, 2, 3, 1) / 2 + 0.5
+    with pytest.raises(ValueError, match=r"detail is 0\.5: these weights have no detailer, so it must be 0"):
+        upscale(image, model=model, scale=4, detail=0.5)
+    with pytest.raises(ValueError, match=r"detail is 1\.5: it must be a share, from 0 to 1"):
+        upscale(image, model=detailed, scale=4, detail=1.5)
+    with pytest.raises(ValueError, match=r"detail_rank is 7: it must be 0, for no detailer, or up to .* width, 6"):
+        InfDiTConfig(predictor_width=6, predictor_depth=2, detail_rank=7).check()

@@ -131,7 +131,7 @@ def test_sweep_counts_evaluations(
     run("sweep.py", photographs, **weights, **tried, csv=tmp_path / "sweep.csv")
     table = [line.split(" | ")[:4] for line in capsys.readouterr().out.splitlines()[2:]]
     assert table == [
-        ["| ", "", "the estimate", "2"],
+        ["| 0", "", "the estimate", "2"],
         ["| 0.2", "0.05", "euler, 2", "6"],
         ["| 0.2", "0.05", "heun, 2", "8"],
     ]

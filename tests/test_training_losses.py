@@ -23,9 +23,11 @@ from infdit_core.training.data import Batch, reduce
 from infdit_core.training.losses import (
     CONDITION,
     NEAR_ENOUGH,
+    SCREEN,
     LossMeter,
     blended,
     condition_loss,
+    detail_loss,
     loss_at,
     overshoot,
     prediction_loss,
@@ -148,6 +150,40 @@ def test_the_prediction_loss_is_psnr_up_to_scale(batch: Batch) -> None:
     torch.testing.assert_close(losses, math.log(2) - psnr * math.log(10) / 20, atol=1e-3, rtol=0)
     perfect = prediction_loss(lambda low_res, margin: batch.original, 4, batch)
     assert perfect.isfinite().all() and perfect.max() < losses.min() - 3
+
+
+def test_a_detailer_is_judged_by_lpips_overshoot_and_what_repeats() -> None:
+    config, random = LossConfig(perceptual=2.0, overshoot=5.0), torch.Generator().manual_seed(0)
+    original = torch.rand(2, 3, 32, 32, generator=random) - 0.5
+    batch = Batch(original, torch.zeros(2, 3, 8, 8), original)
+    asked: list[object] = []
+
+    def loss_of(picture: Tensor, shift: tuple[int, int] = (0, 0)) -> Tensor:
+        def predict(low_res: Tensor, margin: int, detail: float) -> Tensor:
+            asked.append(detail)
+            return picture
+
+        def lpips(x: Tensor, y: Tensor) -> Tensor:
+            asked.append(x.shape[2:])
+            return (x - y).mean((1, 2, 3)).abs()
+
+        return detail_loss(predict, 4, config, batch, [lpips], shift)  # type: ignore[list-item]
+
+    perfect = loss_of(original, (2, 3))
+    assert asked == [1.0, (30, 29)]
+    torch.testing.assert_close(perfect, torch.full((2,), math.log(NEAR_ENOUGH) / 2))
+    far = loss_of(original + 2) - loss_of(original - 2)  # as far from it, and beyond it
+    torch.testing.assert_close(far, torch.zeros(2), atol=0.2, rtol=0)
+    near, beyond = loss_of(original.clamp(-0.1, 0.1)), loss_of(original + 0.3 * original.sign())
+    assert (beyond - near > 0.01).all()
+
+    levels = 0.1 * torch.randn(4, 4, generator=random)
+    repeated = levels.repeat(8, 8).expand_as(original)
+    shuffled = repeated.flatten(2)[:, :, torch.randperm(32 * 32, generator=random)].view_as(repeated)
+    more = loss_of(original + repeated) - loss_of(original + shuffled)
+    torch.testing.assert_close(
+        more, (config.perceptual * SCREEN * levels.var(correction=0)).expand(2), atol=0.02, rtol=0.1
+    )
 
 
 def test_a_condition_learns_what_the_low_resolution_lost(

@@ -23,7 +23,15 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from infdit_core.infdit import InfDiT, InfDiTConfig, Preset, load_infdit, save_infdit
-from infdit_core.infdit.checkpoint import CLIP_PREFIX, ROPE_TABLES, dropped_keys, key_table, read_config, unused_keys
+from infdit_core.infdit.checkpoint import (
+    CLIP_PREFIX,
+    ROPE_TABLES,
+    SEMANTIC,
+    dropped_keys,
+    key_table,
+    read_config,
+    unused_keys,
+)
 from infdit_core.weights import WeightsError, WeightsFile, open_weights, save_weights
 
 SIDE = 24  # of the tables of rotary positions in the small files here
@@ -245,6 +253,21 @@ def test_round_trip(tmp_path: Path, tiny_model: MakeModel) -> None:
     assert again.config == config
     for name, t in again.state_dict().items():
         assert torch.equal(t, weights[name].bfloat16().float())
+
+
+def test_what_no_semantics_change_is_left_out(tmp_path: Path, tiny_model: MakeModel) -> None:
+    model, path = tiny_model(), tmp_path / "own.safetensors"
+    model.semantic_out.weight.data.zero_()
+    model.semantic_out.bias.data.zero_()
+    save_infdit(path, model, torch.float32)
+    assert set(key_table(3)) - set(open_weights(path).shapes) == set(SEMANTIC)
+    again = load_infdit(path)
+    assert again.config == model.config and not again.uses_semantics
+    assert again.semantic_in.weight.std() > 0.1  # it can be trained
+    noisy, low_res = torch.rand(1, 3, 32, 16), torch.rand(1, 3, 8, 4)
+    vector = torch.rand(1, 8)
+    expected = model.denoise(noisy, 0.3, low_res, semantic=vector)
+    assert torch.equal(again.denoise(noisy, 0.3, low_res, semantic=vector), expected)
 
 
 def test_what_is_computed_survives_the_file(tmp_path: Path, tiny_model: MakeModel) -> None:

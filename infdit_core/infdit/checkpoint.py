@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ..weights import DEFAULT_WEIGHTS, WeightsError, WeightsFile, open_weights, save_weights
 from .config import CHANNELS, LR_PATCH_SIZE, InfDiTConfig, Preset
-from .keys import ADALN, CLIP_PREFIX, ROPE_TABLES, dropped_keys, key_table
-from .lora import describe_lora, is_lora, merged_state, open_lora
-from .model import InfDiT
+from .keys import ADALN, CLIP_PREFIX, FACTORS, ROPE_TABLES, SEMANTIC, dropped_keys, factored_kernels, key_table
+from .lora import describe_lora, is_lora, low_rank, merged_state, open_lora
+from .model import InfDiT, fresh_matrix
 
 DEFAULT_FILE = DEFAULT_WEIGHTS / "infdit_nano.safetensors"
 _METADATA_FIELDS = (
+    "semantic_size",
     "rope_side",
     "parametrisation",
     "preconditioning",
@@ -25,7 +26,7 @@ _METADATA_FIELDS = (
     "sigma_min",
     "sigma_max",
     "grids",
-)  # not in the shapes
+)  # not in the shapes, or not always
 
 
 def is_infdit(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -45,7 +46,28 @@ def require_infdit(file: WeightsFile) -> None:
 
 
 def _keys(config: InfDiTConfig) -> dict[str, str]:
-    return key_table(config.num_layers, config.predictor_depth, bool(config.predictor_condition))
+    return key_table(
+        config.num_layers, config.predictor_depth, bool(config.predictor_condition), bool(config.detail_rank)
+    )
+
+
+def _factored(state: dict[str, Tensor], config: InfDiTConfig) -> dict[str, Tensor]:
+    """A network's tensors as they stand in a file: the detailer's kernels as two factors, the nearest of the rank."""
+    state, rank = dict(state), config.detail_rank
+    for kernel in factored_kernels(config.predictor_depth) if rank else ():
+        added = state.pop(f"detailer.{kernel}.weight").float() - state[f"predictor.{kernel}.weight"].float()
+        factors = zip(FACTORS, low_rank(added.flatten(1), rank), strict=True)
+        state |= {f"detailer.{kernel}.{name}": factor for name, factor in factors}
+    return state
+
+
+def _multiplied(state: dict[str, Tensor], config: InfDiTConfig) -> dict[str, Tensor]:
+    """The other way, in place."""
+    for kernel in factored_kernels(config.predictor_depth) if config.detail_rank else ():
+        up, down = (state.pop(f"detailer.{kernel}.{name}").float() for name in FACTORS)
+        weight = state[f"predictor.{kernel}.weight"]
+        state[f"detailer.{kernel}.weight"] = (weight.float() + (up @ down).view_as(weight)).to(weight.dtype)
+    return state
 
 
 def read_config(file: WeightsFile) -> InfDiTConfig:
@@ -55,7 +77,6 @@ def read_config(file: WeightsFile) -> InfDiTConfig:
         hidden, channels, patch, _ = file.shapes["mixins.patch_embed.proj.weight"]
         tokens = file.shapes[ADALN + "lr_query_position_embedding"][1]
         lr_tokens = file.shapes[ADALN + "lr_key_position_embedding"][1]
-        semantic = file.shapes["cond_embed.map_vector.0.weight"][1]
         time = file.shapes["time_embed.mlp.0.weight"][1]
         block_tokens, window_tokens = round(tokens**0.5), round(lr_tokens**0.5)
         if (
@@ -75,7 +96,6 @@ def read_config(file: WeightsFile) -> InfDiTConfig:
             "patch_size": patch,
             "block_size": block,
             "scale": block // (window_tokens // 3 * LR_PATCH_SIZE),
-            "semantic_size": semantic,
             "time_channels": time,
         }
         if "predictor.head.weight" in file.shapes:
@@ -85,6 +105,10 @@ def read_config(file: WeightsFile) -> InfDiTConfig:
             )
         if "predictor.condition.0.weight" in file.shapes:
             settings["predictor_condition"] = file.shapes["predictor.condition.0.weight"][0]
+        if factor := next((name for name in file.shapes if name.startswith("detailer.") and name.endswith(".up")), ""):
+            settings["detail_rank"] = file.shapes[factor][1]
+        if SEMANTIC[0] in file.shapes:
+            settings["semantic_size"] = file.shapes[SEMANTIC[0]][1]
         if ROPE_TABLES[0] in file.shapes:
             settings["rope_side"] = file.shapes[ROPE_TABLES[0]][0]
         said = dict(json.loads(file.metadata.get("config", "{}")))
@@ -112,7 +136,11 @@ def unused_keys(file: WeightsFile, config: InfDiTConfig) -> dict[str, str]:
     table = _keys(config)
     unused = {name: why for name, why in dropped_keys(config.num_layers).items() if name in file.shapes}
     unused |= {name: "CLIP image tower" for name in file.shapes if name.startswith(CLIP_PREFIX)}
-    expected = {name: tuple(t.shape) for name, t in InfDiT(config, device="meta").state_dict().items()}
+    expected = {
+        name: tuple(t.shape) for name, t in _factored(InfDiT(config, device="meta").state_dict(), config).items()
+    }
+    if not set(SEMANTIC) & set(file.shapes):
+        table = {disk: code for disk, code in table.items() if disk not in SEMANTIC}
     problems = [f"missing: {name}" for name in table if name not in file.shapes]
     problems += [f"unknown: {name}" for name in file.shapes if name not in table and name not in unused]
     problems += [
@@ -144,9 +172,21 @@ def load_infdit(
     config = read_config(file)
     unused_keys(file, config)
     model = InfDiT(config, operations=operations, device="meta")
-    state = {code: file.read(disk).to(device=device, dtype=dtype, copy=True) for disk, code in _keys(config).items()}
-    model.load_state_dict(state, assign=True)
+    state = {
+        code: (file.read(disk) if disk in file.shapes else _unused_semantics(disk, model.get_parameter(code))).to(
+            device=device, dtype=dtype, copy=True
+        )
+        for disk, code in _keys(config).items()
+    }
+    model.load_state_dict(_multiplied(state, config), assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _unused_semantics(name: str, like: Tensor) -> Tensor:
+    """What a file leaves out, as fresh weights have it: without effect until it is trained."""
+    if name != SEMANTIC[0]:
+        return torch.zeros(like.shape)
+    return fresh_matrix(torch.empty(like.shape), torch.Generator().manual_seed(0))
 
 
 def infdit_metadata(config: InfDiTConfig) -> dict[str, str]:
@@ -162,9 +202,13 @@ def save_infdit(
     dtype: torch.dtype = torch.bfloat16,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a network under the published names, atomically, a LoRA merged; `metadata` is added to the file's own."""
-    state = merged_state(model)
-    table = _keys(model.config)
+    """Write a network under the published names, atomically, a LoRA merged; `metadata` is added to the file's own.
+
+    What takes up semantics is left out where it changes nothing.
+    """
+    state = _factored(merged_state(model), model.config)
+    left_out = () if model.uses_semantics else SEMANTIC
+    table = {disk: code for disk, code in _keys(model.config).items() if disk not in left_out}
     layout = {disk: (tuple(state[code].shape), dtype) for disk, code in table.items()}
 
     def tensors() -> Iterator[Tensor]:
@@ -181,7 +225,7 @@ def describe(file: WeightsFile) -> dict[str, str]:
     require_infdit(file)
     config = read_config(file)
     unused = unused_keys(file, config)
-    used = _keys(config)
+    used = [name for name in _keys(config) if name in file.shapes]
     parameters = sum(math.prod(file.shapes[name]) for name in used)
     precisions = sorted({str(file.dtypes[name]).removeprefix("torch.") for name in used})
     tower = [name for name in unused if name.startswith(CLIP_PREFIX)]
@@ -193,6 +237,7 @@ def describe(file: WeightsFile) -> dict[str, str]:
         + (f", told the degradation in {config.predictor_condition} numbers" if config.predictor_condition else "")
         if config.predictor_depth
         else "none: bicubic",
+        "detailer": f"adds to the predictor's kernels with rank {config.detail_rank}" if config.detail_rank else "none",
         "parameters": f"{parameters:,}",
         "precision": ", ".join(precisions),
         "diffuses": f"{config.parametrisation}, sigma_data {config.sigma_data:g}, "
@@ -235,7 +280,7 @@ def convert(
     origin = {"converted_from": f"{file.path.name}, {file.format}, {file.path.stat().st_size} bytes"}
     adapter = None if lora is None else open_lora(lora)
     if adapter is not None:
-        adapter.require_fit({name: file.shapes[name] for name in key_table(config.num_layers)})
+        adapter.require_fit({name: file.shapes[name] for name in key_table(config.num_layers) if name in file.shapes})
         origin["merged_lora"] = f"{adapter.file.path.name}, rank {adapter.rank}, alpha {adapter.alpha:g}"
 
     def read(name: str) -> Tensor:

@@ -18,20 +18,23 @@ class Preset:
 
     start: sigma of the noise put on a first picture, from where `steps` steps of a sampler go down: the
     predictor's, or without one the network's estimate. None: a run from sigma_max, which with one step is that
-    estimate itself. end: sigma where the last step begins; None: sigma_min.
+    estimate itself. end: sigma where the last step begins; None: sigma_min. detail: share of the detailer in the
+    picture that is refined, the rest is the predictor's.
     """
 
     steps: int
     start: float | None = None
     sampler: str = "heun"
     end: float | None = None
+    detail: float = 0.0
 
     def describe(self) -> str:
         if self.start is None and self.steps == 1:
-            return "the estimate alone"
+            return "the estimate alone" + (f", detail {self.detail:g}" if self.detail else "")
         start = "the largest sigma" if self.start is None else f"sigma {self.start:g}"
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of {self.sampler} from {start}"
         steps += "" if self.end is None else f", the last from {self.end:g}"
+        steps += f", detail {self.detail:g}" if self.detail else ""
         return steps if self.start is None else f"a first picture, then {steps}"
 
     def sigmas(self, sigma_min: float, sigma_max: float) -> Tensor:
@@ -48,7 +51,7 @@ PUBLISHED_PRESETS = {"faithful": Preset(1), "balanced": Preset(20), "detailed": 
 class InfDiTConfig:
     """Hyper-parameters of one Inf-DiT network. The defaults are the published network's.
 
-    Everything down to `predictor_condition` follows from the shapes of a weights file; what stands below it doesn't,
+    Everything down to `detail_rank` follows from the shapes of a weights file; what stands below it doesn't,
     and comes from the file's metadata (a published file has none: the defaults are what it was trained with).
     """
 
@@ -58,12 +61,13 @@ class InfDiTConfig:
     patch_size: int = 4  # pixels
     block_size: int = 128  # pixels
     scale: int = 4  # output side / low-resolution side
-    semantic_size: int = 768  # width of the CLIP image vector
     time_channels: int = 192
     predictor_width: int = 0  # channels of the convolutional network that gives a first picture; 0: that is bicubic
     predictor_depth: int = 0  # of its residual blocks
     predictor_condition: int = 0  # numbers that tell it how the low resolution was degraded; 0: nothing does
+    detail_rank: int = 0  # of what the detailer's kernels add to the predictor's; 0: there is no detailer
 
+    semantic_size: int = 768  # width of the CLIP image vector; the shapes say it where weights use one
     rope_side: int = 1024  # positions wrap after so many patches
     parametrisation: Parametrisation = "picture"  # what is diffused: the picture, or its residual to the upsampled LR
     preconditioning: Preconditioning = "edm"  # what the network predicts: diffusion/preconditioning.py
@@ -103,11 +107,10 @@ class InfDiTConfig:
         kernels = 9 * wide * (CHANNELS + 2 * self.predictor_depth * wide + CHANNELS * self.scale**2)
         return 2.0 * kernels * (width // self.scale) * (height // self.scale)
 
-    @property
-    def prediction_work(self) -> float:
-        """What the picture that is refined takes, in evaluations."""
-        side = self.block_size
-        return TURNS * self.prediction_flops(side, side) / (self.grids * self.evaluation_flops(side, side))
+    def prediction_work(self, detail: float = 0.0) -> float:
+        """What the picture that is refined takes, in evaluations, with so much of the detailer in it."""
+        side, answers = self.block_size, TURNS * (detail < 1) + (detail > 0)
+        return answers * self.prediction_flops(side, side) / (self.grids * self.evaluation_flops(side, side))
 
     def check(self) -> None:
         """Raise ValueError for hyper-parameters that no network can have."""
@@ -124,10 +127,17 @@ class InfDiTConfig:
             )
         if self.predictor_condition < 0:
             raise ValueError(f"predictor_condition is {self.predictor_condition}: it must be at least 0, for none")
+        if self.detail_rank and not 0 < self.detail_rank <= self.predictor_width:
+            raise ValueError(
+                f"detail_rank is {self.detail_rank}: it must be 0, for no detailer, or up to the predictor's width, "
+                f"{self.predictor_width}"
+            )
         if self.grids not in (1, 2):
             raise ValueError(f"grids is {self.grids}: it must be 1 or 2")
         if any(preset.steps < 1 for preset in self.presets.values()):
             raise ValueError("a preset needs at least one step")
+        for preset in self.presets.values():
+            self.check_detail(preset.detail)
         ends = [preset.end for preset in self.presets.values() if preset.end is not None]
         if not all(self.sigma_min <= end <= self.sigma_max for end in ends):
             raise ValueError(f"a preset's end must lie between sigma_min and sigma_max, not {ends}")
@@ -143,6 +153,13 @@ class InfDiTConfig:
                 f"block size {self.block_size} must be a multiple of the patch size {self.patch_size} "
                 f"and of {LR_PATCH_SIZE} low-resolution pixels ({self.scale * LR_PATCH_SIZE})"
             )
+
+    def check_detail(self, detail: float) -> None:
+        """Raise ValueError for a share that there can't be of the detailer."""
+        if not 0 <= detail <= 1:
+            raise ValueError(f"detail is {detail}: it must be a share, from 0 to 1")
+        if detail and not self.detail_rank:
+            raise ValueError(f"detail is {detail}: these weights have no detailer, so it must be 0")
 
 
 LR_PATCH_SIZE = 2  # low-resolution pixels along one side of an LR feature token

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from ..weights import WeightsError, WeightsFile, open_weights, save_weights
-from .keys import key_table
+from .keys import factored_kernels, key_table
 from .model import InfDiT
 
 # Linear modules below `layers.`: attention, cross-attention and MLP, but not adaLN's modulation.
@@ -25,19 +25,23 @@ _UPDATE = ".parametrizations.weight.0"  # where torch keeps an update
 
 
 class LowRank(nn.Module):
-    """W -> W + alpha / rank B A (eq. 3). A: (rank, in), random; B: (out, rank), zero: the start changes nothing."""
+    """W -> W + alpha / rank B A (eq. 3). A: (rank, in), random; B: (out, rank), zero: the start changes nothing.
+
+    A convolution's kernel counts as the matrix (out, in * 3 * 3).
+    """
 
     def __init__(self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()
         self.rank, self.alpha = rank, alpha
-        bound = weight.shape[1] ** -0.5  # the paper says a Gaussian, its code takes nn.Linear's own distribution
-        a = torch.empty(rank, weight.shape[1], dtype=torch.float32, device=generator.device)
+        inputs = weight[0].numel()
+        bound = inputs**-0.5  # the paper says a Gaussian, its code takes nn.Linear's own distribution
+        a = torch.empty(rank, inputs, dtype=torch.float32, device=generator.device)
         self.A = nn.Parameter(a.uniform_(-bound, bound, generator=generator).to(weight.device))
         self.B = nn.Parameter(weight.new_zeros(weight.shape[0], rank, dtype=torch.float32))
 
     def forward(self, weight: Tensor) -> Tensor:
         # Added in fp32 also to a bf16 weight: it is rounded once.
-        return (weight + self.alpha / self.rank * (self.B @ self.A)).to(weight.dtype)
+        return (weight + self.alpha / self.rank * (self.B @ self.A).view_as(weight)).to(weight.dtype)
 
 
 def add_lora(model: InfDiT, rank: int, alpha: float, generator: torch.Generator) -> None:
@@ -56,9 +60,37 @@ def add_lora(model: InfDiT, rank: int, alpha: float, generator: torch.Generator)
             register_parametrization(module, "weight", LowRank(module.weight, rank, alpha, generator))
 
 
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(out, rank) and (rank, in): the factors of the nearest matrix of that rank, as large as each other."""
+    up, strength, down = torch.linalg.svd(matrix, full_matrices=False)
+    half = strength[:rank].sqrt()
+    return up[:, :rank] * half, half[:, None] * down[:rank]
+
+
+@torch.no_grad()
+def adapt_detailer(model: InfDiT, generator: torch.Generator) -> None:
+    """Leave gradients to the detailer alone, to its kernels as updates, of its rank, of the predictor's."""
+    assert model.predictor is not None and model.detailer is not None
+    model.requires_grad_(False)
+    model.detailer.requires_grad_(True)
+    rank = model.config.detail_rank
+    for name in factored_kernels(model.config.predictor_depth):
+        kernel, base = model.detailer.get_submodule(name), model.predictor.get_submodule(name)
+        assert isinstance(kernel, nn.Conv2d) and isinstance(base, nn.Conv2d)
+        added = kernel.weight - base.weight
+        kernel.weight.copy_(base.weight)
+        update = LowRank(kernel.weight, rank, rank, generator)
+        if added.any():
+            for factor, found in zip((update.B, update.A), low_rank(added.flatten(1), rank), strict=True):
+                factor.copy_(found)
+        kernel.weight.requires_grad_(False)
+        register_parametrization(kernel, "weight", update)
+
+
 def _updates(model: InfDiT) -> dict[str, LowRank]:
     """By the adapted module's name in the code."""
-    return {name.removesuffix(_UPDATE): module for name, module in model.named_modules() if isinstance(module, LowRank)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
+    return {name.removesuffix(_UPDATE): module for name, module in found.items() if name.startswith("layers.")}
 
 
 def _require_plain(model: InfDiT) -> None:

@@ -140,6 +140,13 @@ class Layer(nn.Module):
         return self.mlp_out(F.gelu(self.mlp_in(_modulate(normed, shift, scale)), approximate="tanh"))
 
 
+def fresh_matrix(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill it as training begins, uniformly (Glorot and Bengio 2010), and return it."""
+    fan_out, fan_in = weight.shape[0], weight[0].numel()
+    bound = (6 / (fan_in + fan_out)) ** 0.5
+    return weight.uniform_(-bound, bound, generator=generator)
+
+
 class InfDiT(nn.Module):
     """The network and its EDM preconditioning.
 
@@ -183,6 +190,7 @@ class InfDiT(nn.Module):
         self.lr_query_position = nn.Parameter(torch.zeros(1, tokens, heads, head, **factory))
         self.lr_key_position = nn.Parameter(torch.zeros(1, lr_tokens, heads, head, **factory))
         self.predictor = Predictor(config, operations, **factory) if config.predictor_depth else None
+        self.detailer = Predictor(config, operations, **factory) if config.detail_rank else None
 
     def compute(self) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of the computation."""
@@ -210,37 +218,52 @@ class InfDiT(nn.Module):
                 if leaf in zero:
                     module.weight.zero_()
                     continue
-                fan_out, fan_in = module.weight.shape[0], module.weight[0].numel()
-                bound = (6 / (fan_in + fan_out)) ** 0.5 * (depth_scale if leaf in residual else 1)
-                module.weight.uniform_(-bound, bound, generator=generator)
+                fresh_matrix(module.weight, generator).mul_(depth_scale if leaf in residual else 1)
             for position in (self.neighbour_position, self.lr_query_position, self.lr_key_position):
                 position.normal_(std=0.02, generator=generator)
 
     # --- the first picture, which every evaluation refines
 
     def predict(
-        self, low_res: Tensor, margin: int = 0, turns: int = 1, on_tile: Callable[[Progress], None] | None = None
+        self,
+        low_res: Tensor,
+        margin: int = 0,
+        turns: int = 1,
+        on_tile: Callable[[Progress], None] | None = None,
+        detail: float = 0.0,
     ) -> Tensor:
         """Bicubic plus what the predictor adds, not clamped: (B, 3, h, w) in [-1, 1] -> fp32 where low_res is.
 
         margin: low-resolution pixels on every side that are looked at only; the result is `scale` times the rest.
-        turns: the predictor's mean answer to so many quarter turns. on_tile: as for `denoise`.
+        turns: the predictor's mean answer to so many quarter turns. on_tile: as for `denoise`. detail: share of the
+        detailer's answer in place of the predictor's, to the picture as it is: a mean of turns would blur it.
         """
         scale = self.config.scale
         upsampled = resize(low_res.float(), (low_res.shape[2] * scale, low_res.shape[3] * scale))
         inside = (..., slice(margin * scale, -margin * scale or None), slice(margin * scale, -margin * scale or None))
-        if self.predictor is not None:
+        parts = [(self.predictor, 1 - detail, turns), (self.detailer, detail, 1)]
+        wanted = [(network, share, views) for network, share, views in parts if network is not None and share]
+        done, total = 0, sum(views for *_, views in wanted)
 
-            def report(done: int, total: int) -> None:
-                if on_tile is not None:
-                    on_tile(Progress(done, total, upsampled[inside]))
+        def report(tiles: int) -> None:
+            nonlocal done
+            done += 1
+            if on_tile is not None:
+                on_tile(Progress(done, total * tiles, upsampled[inside]))
 
-            self.predictor.add_to(upsampled, low_res, *self.compute(), turns, report)
+        for network, share, views in wanted:
+            network.add_to(upsampled, low_res, *self.compute(), views, report, share)
         return upsampled[inside]
 
-    def upsample(self, low_res: Tensor, margin: int = 0, on_tile: Callable[[Progress], None] | None = None) -> Tensor:
+    def upsample(
+        self,
+        low_res: Tensor,
+        margin: int = 0,
+        on_tile: Callable[[Progress], None] | None = None,
+        detail: float = 0.0,
+    ) -> Tensor:
         """The picture that is refined, in [-1, 1]: `predict` with all four turns."""
-        return self.predict(low_res, margin, TURNS, on_tile).clamp_(-1, 1)
+        return self.predict(low_res, margin, TURNS, on_tile, detail).clamp_(-1, 1)
 
     # --- conditioning: once per evaluation, shared by all blocks
 

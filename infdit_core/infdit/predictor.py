@@ -5,6 +5,9 @@ resolution allows. Residual blocks without normalisation (EDSR, arXiv 1707.02921
 convolution (arXiv 1609.05158); the answer is added to the bicubically upsampled picture. One network for clean and
 degraded pictures smooths the former, so it is told how the picture was degraded, as in CMDSR (arXiv 2104.03926): a
 vector of the whole picture, and from it a factor for every input channel of the blocks' convolutions.
+
+The detailer is a second one, whose kernels differ from the predictor's by matrices of low rank: where several pictures
+are as likely, the predictor gives their mean, which is soft; the detailer gives one that looks right.
 """
 
 from collections.abc import Callable, Iterator
@@ -96,20 +99,21 @@ class Predictor(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         turns: int = 1,
-        on_tile: Callable[[int, int], None] | None = None,
+        on_tile: Callable[[int], None] | None = None,
+        share: float = 1.0,
     ) -> None:
-        """Add the answer to (B, 3, h * scale, w * scale), computed on `device` tile by tile.
+        """Add `share` of the answer to (B, 3, h * scale, w * scale), computed on `device` tile by tile.
 
         turns: of so many quarter turns of the picture the mean answer, turned back, is added (EDSR's self-ensemble).
-        on_tile(done, total) is called after every turn of a tile.
+        on_tile(tiles) is called after every turn of a tile, of which there are so many.
         """
         condition, tiles = self.condition_of(low_res, device, dtype), _tiles(low_res, self.radius)
-        for done, ((part, seen, inside), turn) in enumerate(product(tiles, range(turns)), 1):
+        for (part, seen, inside), turn in product(tiles, range(turns)):
             picture = low_res[_window(seen)].to(device=device, dtype=dtype)
             answer = torch.rot90(self(torch.rot90(picture, turn, (2, 3)), condition).float(), -turn, (2, 3))
-            upsampled[_window(part, self.scale)] += (answer[_window(inside, self.scale)] / turns).to(upsampled)
+            upsampled[_window(part, self.scale)] += (answer[_window(inside, self.scale)] * share / turns).to(upsampled)
             if on_tile is not None:
-                on_tile(done, len(tiles) * turns)
+                on_tile(len(tiles))
 
 
 Area = tuple[range, range]  # rows and columns of low-resolution pixels

@@ -80,7 +80,9 @@ class TrainConfig:
     start_from: str = ""  # a weights file to fine-tune, or "default"; without, fresh weights
     clip: str = ""  # CLIP weights: the network is told what they see in the low resolution; without, nothing
     network: InfDiTConfig | None = field(default_factory=InfDiTConfig)  # null: that of start_from
-    stage: Literal["predictor", "network"] = "network"  # what learns: a network's predictor first, then all else
+    # What learns: a network's predictor first, then a detailer on top of it, which a predictor that learns on leaves
+    # behind, or all else.
+    stage: Literal["predictor", "detailer", "network"] = "network"
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -152,6 +154,12 @@ class TrainConfig:
             raise ValueError(
                 "stage=predictor learns by PSNR, not by these: say lora.rank=0, clip='' and "
                 + ", ".join(f"loss.{other}=0" for other in others)
+            )
+        if self.stage == "detailer" and not self.loss.perceptual:
+            raise ValueError("stage=detailer learns what looks right: say loss.perceptual=20")
+        if self.stage == "detailer" and (self.lora.rank or self.clip or self.loss.own_input or self.loss.lr_dropout):
+            raise ValueError(
+                "stage=detailer has no use for these: say lora.rank=0, clip='', loss.own_input=0, loss.lr_dropout=0"
             )
         if self.lora.rank and not self.start_from:
             raise ValueError("lora.rank adapts weights that exist: say start_from=FILE")

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +29,7 @@ from ..degradation import smallest_side
 from ..evaluation import grids
 from ..infdit.checkpoint import load_infdit, save_infdit
 from ..infdit.config import InfDiTConfig
-from ..infdit.lora import add_lora, merged_state, save_lora
+from ..infdit.lora import adapt_detailer, add_lora, merged_state, save_lora
 from ..infdit.model import InfDiT
 from ..infdit.predictor import Predictor
 from ..metrics import Lpips, load_lpips
@@ -38,7 +39,7 @@ from . import checkpoints
 from .config import TrainConfig, differences, parse, save
 from .data import Batch, Crops, PictureFile, Skipped, decodable, find_pictures, loader, reduce
 from .logs import Log
-from .losses import LossMeter, condition_loss, prediction_loss, training_loss, with_prediction
+from .losses import LossMeter, condition_loss, detail_loss, prediction_loss, training_loss, with_prediction
 from .optimizers import Centring, flatten_kernels, learning_rate, optimizers
 from .validation import Held, contact_sheet, held_crops, test, validate
 
@@ -236,7 +237,14 @@ def _network(config: TrainConfig) -> InfDiT:
     if config.start_from:
         network = load_infdit(None if config.start_from == "default" else config.start_from)
         found, wanted = network.config, config.network or network.config
+        if config.stage == "predictor":
+            network.detailer, found = None, _without_detailer(found)
+            wanted = _without_detailer(wanted)
+        elif config.stage == "network":
+            wanted = replace(wanted, detail_rank=found.detail_rank)
         changes: dict[str, Any] = {"presets": wanted.presets, "grids": wanted.grids}
+        if not found.detail_rank and wanted.detail_rank:
+            changes |= {"detail_rank": wanted.detail_rank}
         grows = config.stage == "predictor" and 0 < found.predictor_depth <= wanted.predictor_depth
         grows = grows and found.predictor_condition in (0, wanted.predictor_condition)
         if network.predictor is None:
@@ -252,10 +260,14 @@ def _network(config: TrainConfig) -> InfDiT:
             network.predictor = _fresh(wanted, generator).predictor
         elif found.predictor_depth != wanted.predictor_depth or found.predictor_condition != wanted.predictor_condition:
             network.predictor = _grown(network.predictor, _fresh(wanted, generator).predictor)
+        if wanted.detail_rank and network.detailer is None:
+            network.detailer = deepcopy(network.predictor)
         network.config = wanted
         network.train().requires_grad_(True)
     else:
         assert config.network is not None
+        if config.network.detail_rank:
+            raise TrainingError("a detailer adds to a predictor that knows something: say start_from=FILE")
         if config.network.predictor_depth and config.stage != "predictor":
             raise TrainingError(f"fresh weights have a predictor that knows nothing: {_UNTRAINED}")
         network = _fresh(config.network, generator)
@@ -290,8 +302,13 @@ def _network(config: TrainConfig) -> InfDiT:
         network.predictor.requires_grad_(True)
         if config.optimizer.kind == "muon":
             flatten_kernels(network.predictor.blocks)
-    elif network.predictor is not None:
-        network.predictor.requires_grad_(False)
+    elif config.stage == "detailer":
+        if network.detailer is None:
+            raise TrainingError("stage=detailer: the network has none; say network.detail_rank=12, and start_from=FILE")
+        adapt_detailer(network, generator)
+    for first in (network.predictor, network.detailer) if config.stage == "network" else ():
+        if first is not None:
+            first.requires_grad_(False)
     network.checkpointing = config.checkpointing
     if config.compile:
         for layer in network.layers:
@@ -304,6 +321,11 @@ def _fresh(config: InfDiTConfig, generator: torch.Generator) -> InfDiT:
         network = InfDiT(config)
     network.initialise(generator)
     return network
+
+
+def _without_detailer(config: InfDiTConfig) -> InfDiTConfig:
+    presets = {name: replace(preset, detail=0.0) for name, preset in config.presets.items()}
+    return replace(config, detail_rank=0, presets=presets)
 
 
 def _grown(predictor: Predictor | None, fresh: Predictor | None) -> Predictor:
@@ -402,7 +424,7 @@ def _pictures(config: TrainConfig, network: InfDiTConfig, out: Path, fabric: Fab
 def _prepare(network: InfDiT, config: TrainConfig, fabric: Fabric) -> tuple[Any, State]:
     """The network as Fabric wraps it, and the state around it."""
     model = fabric.setup_module(network)
-    if config.stage == "predictor":
+    if config.stage != "network":
         model.mark_forward_method("predict")
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in trained.items()}
@@ -471,10 +493,15 @@ def _step(
         batch, generator = next(batches)
         with fabric.no_backward_sync(model, enabled=number + 1 < config.accumulate):
             given = state.network.config
-            if config.stage == "predictor":
+            if config.stage != "network":
+                detailed = config.stage == "detailer"
                 with fabric.autocast():  # only `forward` has its own
-                    losses = prediction_loss(model.predict, given.scale, batch)
-                    losses = losses + condition_loss(state.network, batch)
+                    if detailed:
+                        row, column = torch.randint(0, 4, (2,), generator=generator, device=fabric.device).tolist()
+                        losses = detail_loss(model.predict, given.scale, config.loss, batch, lpips, (row, column))
+                    else:
+                        losses = prediction_loss(model.predict, given.scale, batch)
+                    losses = losses + condition_loss(state.network, batch, detailed)
                 sigma = torch.full_like(losses, given.sigma_max)  # the log calls it loss_mean
             else:
                 with fabric.autocast():
@@ -601,7 +628,7 @@ class _Report:
         self, config: TrainConfig, network: InfDiTConfig, state: State, fabric: Fabric, log: Log | None
     ) -> None:
         self.config, self.state, self.fabric, self.log = config, state, fabric, log
-        flops = network.prediction_flops if config.stage == "predictor" else network.evaluation_flops
+        flops = network.prediction_flops if config.stage != "network" else network.evaluation_flops
         self.flops = 3 * flops(config.data.crop, config.data.crop)  # backward is twice forward
         if config.stage == "network":
             self.flops *= network.grids

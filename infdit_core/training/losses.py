@@ -35,6 +35,7 @@ def v_weight(sigma: Tensor) -> Tensor:
 
 
 CONDITION = 0.1  # what an error of the condition counts beside the logarithm of the picture's
+SCREEN = 60  # what a pattern that repeats in every low-resolution pixel counts beside LPIPS
 # A mean squared error, for pictures in [-1, 1], that is near enough: a PSNR of 46 dB.
 NEAR_ENOUGH = 1e-4
 
@@ -71,21 +72,55 @@ def overshoot(denoised: Tensor, original: Tensor, radius: int) -> Tensor:
 def prediction_loss(predict: Callable[..., Tensor], scale: int, batch: Batch) -> Tensor:
     """Logarithm (B,) of the root mean squared error of the predictor's picture: its PSNR, up to sign and scale
     (arXiv 2204.04676), so that a crop counts by what share of its error could go. predict: InfDiT.predict."""
-    picture = predict(batch.low_res, batch.margin(scale))
-    error = denoising_loss(picture, batch.original, torch.ones(len(picture), device=picture.device))
+    return _log_error(predict(batch.low_res, batch.margin(scale)), batch.original)
+
+
+def detail_loss(
+    predict: Callable[..., Tensor],
+    scale: int,
+    config: LossConfig,
+    batch: Batch,
+    lpips: Sequence[Lpips],
+    shift: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """The same (B,) of the detailer's picture, and LPIPS and overshoot, each times what `config` says.
+
+    Both pictures move by `shift` pixels before LPIPS, which doesn't see every pixel alike, and hardly sees what repeats
+    in every low-resolution pixel.
+    """
+    picture = predict(batch.low_res, batch.margin(scale), detail=1.0)
+    losses = _log_error(picture, batch.original)
+    if config.overshoot:
+        outside = overshoot(picture, batch.original, 2 * scale).pow(config.power).flatten(1).mean(1)
+        losses = losses + config.overshoot * outside
+    top, left = shift
+    pair = [t[:, :, top:, left:] / 2 + 0.5 for t in (picture, batch.original)]
+    repeated = SCREEN * _repeated(picture - batch.original, scale)
+    return losses + config.perceptual * (sum(judge(*pair) for judge in lpips) + repeated)
+
+
+def _repeated(x: Tensor, scale: int) -> Tensor:
+    """Mean square (B,) of what repeats in every scale x scale pixels of a quarter of (B, C, H, W), beside its mean."""
+    alike = F.adaptive_avg_pool2d(F.pixel_unshuffle(x, scale), 2).unflatten(1, (x.shape[1], scale**2))
+    return (alike - alike.mean(2, keepdim=True)).square().flatten(1).mean(1)
+
+
+def _log_error(picture: Tensor, original: Tensor) -> Tensor:
+    error = denoising_loss(picture, original, torch.ones(len(picture), device=picture.device))
     return (error + NEAR_ENOUGH).log() / 2
 
 
-def condition_loss(network: InfDiT, batch: Batch) -> Tensor:
+def condition_loss(network: InfDiT, batch: Batch, detailed: bool = False) -> Tensor:
     """How far (B,) the first number of the predictor's condition is from what the low resolution lost, weighed.
 
     That is log(1 + d), d its deviation from a clean one in levels of 255: a noise estimator as in CBDNet (arXiv
-    1807.04686). By PSNR alone a condition learns nothing: its factors begin at 1, whatever it says.
+    1807.04686). By PSNR alone a condition learns nothing: its factors begin at 1, whatever it says. detailed: of the
+    detailer's condition instead.
     """
     scale, device = network.config.scale, batch.original.device
     condition = None
-    if network.predictor is not None:
-        condition = network.predictor.condition_of(batch.low_res, device, network.compute()[1])
+    if predictor := network.detailer if detailed else network.predictor:
+        condition = predictor.condition_of(batch.low_res, device, network.compute()[1])
     if condition is None:
         return torch.zeros(len(batch.original), device=device)
     margin = batch.margin(scale)

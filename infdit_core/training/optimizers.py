@@ -71,7 +71,9 @@ def optimizers(trained: dict[str, nn.Parameter], config: OptimizerConfig) -> lis
         if not hasattr(torch.optim, "Muon"):
             raise ValueError("optimizer.kind=muon needs torch 2.9 or later; say optimizer.kind=adamw")
         # What only embeds or modulates is AdamW's (Jordan et al. 2024).
-        inner = [(n, p) for n, p in trained.items() if n.startswith(("layers.", "predictor.blocks."))]
+        inner = [
+            (n, p) for n, p in trained.items() if n.startswith(("layers.", "predictor.blocks.", "detailer.blocks."))
+        ]
         matrices = [p for n, p in inner if p.ndim == 2 and ".modulation" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in trained.values() if id(p) not in chosen]

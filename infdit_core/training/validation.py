@@ -19,7 +19,7 @@ from ..semantics import Clip
 from ..upscale import upscale
 from .config import DataConfig, TrainConfig
 from .data import Batch, Crops, PictureFile, looked_at, read_pixels, reduce
-from .losses import loss_at, prediction_loss, with_prediction
+from .losses import detail_loss, loss_at, prediction_loss, with_prediction
 
 
 class Held(NamedTuple):
@@ -84,6 +84,11 @@ def validate(
             if config.stage == "predictor":
                 figures[f"{kind}_loss_mean"] = float(prediction_loss(network.predict, network.config.scale, batch))
                 results["predicted"] = batch.upsampled / 2 + 0.5
+            elif config.stage == "detailer":
+                detailed = detail_loss(network.predict, network.config.scale, loss, batch, lpips)
+                figures[f"{kind}_loss_mean"] = float(detailed)
+                margin = batch.margin(network.config.scale)
+                results["predicted"] = network.upsample(batch.low_res, margin, detail=1.0) / 2 + 0.5
             else:
                 noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(5)).to(original.device)
                 cases = [(f"{kind}_loss_{level:.3g}", level, batch.original + level * noise, False) for level in levels]
