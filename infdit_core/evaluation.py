@@ -57,8 +57,9 @@ def share_of_second(size: tuple[int, int], config: InfDiTConfig) -> Tensor:
 # values 1 in 4000 has more detail, of those stored as JPEG 1 in 140.
 DETAIL, LEAST_DETAIL, ROUNDING = 6.0, 4 / 127.5, 0.5 / 127.5
 # What all low-resolution pixels of an area repeat inside them is the network's, not the picture's. Values count up to
-# this, or a line through a few pixels would leave its shadow in all.
-ALIKE = 4 / 127.5
+# this, or a line through a few pixels would leave its shadow in all, and their mean is taken as that of the share that
+# counts whole (a step towards Huber's estimate of location), but of no less than FEW: coarse texture hides it else.
+ALIKE, FEW = 4 / 127.5, 0.2
 COLOUR_AREA = 16  # low-resolution pixels whose mean is known, from a JPEG too; and an area as said above
 # Of smaller areas it is known but for this and what bends around. Of photographs stored as JPEG (quality 60, noise of
 # 5 levels) 1 in 30 areas is further off, by 1.5 levels in the mean; of clean ones none.
@@ -90,7 +91,9 @@ def keep_to(low_res: Tensor, estimate: Tensor) -> None:
         stains -= stains.clamp(-stain, stain)
         enlarged = resize(known, size)
         estimated.sub_(resize(cast, size)).sub_(resize(stains, size)).sub_(enlarged)
-        alike = F.adaptive_avg_pool2d(F.pixel_unshuffle(estimated.clamp(-ALIKE, ALIKE), scale), areas)
+        parts = F.pixel_unshuffle(estimated, scale)
+        whole = F.adaptive_avg_pool2d((parts.abs() < ALIKE).to(parts), areas).clamp(min=FEW)
+        alike = F.adaptive_avg_pool2d(parts.clamp_(-ALIKE, ALIKE), areas) / whole
         alike = F.interpolate(alike - alike.mean(1, keepdim=True), (height, width), mode="bilinear")
         estimated.sub_(F.pixel_shuffle(certain * alike, scale)).clamp_(-detail, detail).add_(enlarged)
 
