@@ -12,7 +12,13 @@ from .target import result_size, target_inputs
 
 PRESETS = ["faithful", "balanced", "detailed"]
 COLOURS = ["none", "wavelet", "mean"]
-SEED = {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}
+SEED = {
+    "default": 0,
+    "min": 0,
+    "max": 2**64 - 1,
+    "control_after_generate": True,
+    "tooltip": "Another seed makes up other detail where noise is added; the default weights' presets add none.",
+}
 
 
 @lru_cache(maxsize=1)
@@ -50,7 +56,7 @@ class Upscale(io.ComfyNode):
                     tooltip="faithful: closest to the original on average, soft. balanced: sharper. detailed: "
                     "sharpest, makes up most.",
                 ),
-                io.Int.Input("seed", tooltip="Another seed makes up other detail; 'faithful' doesn't use it.", **SEED),
+                io.Int.Input("seed", **SEED),
             ],
             outputs=[io.Image.Output(id="upscaled", display_name="image", tooltip="The enlarged pictures.")],
         )
@@ -82,9 +88,10 @@ class UpscaleTiled(io.ComfyNode):
                     "preset",
                     options=PRESETS,
                     default="balanced",
-                    tooltip="Steps and starting noise as the weights define them; connected sigmas replace the preset.",
+                    tooltip="Share of detail, steps and starting noise as the weights define them; connected sigmas "
+                    "replace the preset.",
                 ),
-                io.Int.Input("seed", tooltip="Another seed makes up other detail.", **SEED),
+                io.Int.Input("seed", **SEED),
                 io.Int.Input(
                     "tile",
                     default=0,
@@ -101,7 +108,10 @@ class UpscaleTiled(io.ComfyNode):
                     "the mean and contrast of each channel.",
                 ),
                 io.Sampler.Input(
-                    "sampler", optional=True, tooltip="Any SAMPLER instead of the preset's, such as 'EDM Heun Sampler'."
+                    "sampler",
+                    optional=True,
+                    tooltip="Any SAMPLER instead of the preset's, such as 'EDM Heun Sampler'. The default weights' "
+                    "presets don't sample: connect sigmas too.",
                 ),
                 io.Sigmas.Input(
                     "sigmas",
