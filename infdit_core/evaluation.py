@@ -92,8 +92,10 @@ def keep_to(low_res: Tensor, estimate: Tensor) -> None:
         enlarged = resize(known, size)
         estimated.sub_(resize(cast, size)).sub_(resize(stains, size)).sub_(enlarged)
         parts = F.pixel_unshuffle(estimated, scale)
-        whole = F.adaptive_avg_pool2d((parts.abs() < ALIKE).to(parts), areas).clamp(min=FEW)
-        alike = F.adaptive_avg_pool2d(parts.clamp_(-ALIKE, ALIKE), areas) / whole
+        little = F.adaptive_avg_pool2d((parts.abs() < ALIKE).to(parts), areas).mean(1, keepdim=True)
+        most = F.interpolate(ALIKE / little.clamp(min=FEW), (height, width), mode="bilinear")
+        whole = F.adaptive_avg_pool2d((parts.abs() < most).to(parts), areas).clamp(min=FEW)
+        alike = F.adaptive_avg_pool2d(parts.clamp_(-most, most), areas) / whole
         alike = F.interpolate(alike - alike.mean(1, keepdim=True), (height, width), mode="bilinear")
         estimated.sub_(F.pixel_shuffle(certain * alike, scale)).clamp_(-detail, detail).add_(enlarged)
 
