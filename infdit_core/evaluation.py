@@ -57,8 +57,9 @@ def share_of_second(size: tuple[int, int], config: InfDiTConfig) -> Tensor:
 # values 1 in 4000 has more detail, of those stored as JPEG 1 in 140.
 DETAIL, LEAST_DETAIL, ROUNDING = 6.0, 4 / 127.5, 0.5 / 127.5
 # What all low-resolution pixels of an area repeat inside them is the network's, not the picture's. Values count up to
-# this, or a line through a few pixels would leave its shadow in all, and their mean is taken as that of the share that
-# counts whole (a step towards Huber's estimate of location), but of no less than FEW: coarse texture hides it else.
+# ALIKE, or a line through a few pixels would leave its shadow in all; up to more in coarse texture, as many times as
+# values below ALIKE are fewer there. Their mean is then divided by the share that counts whole, a step towards Huber's
+# estimate of location. Both shares are taken for FEW where they are less.
 ALIKE, FEW = 4 / 127.5, 0.2
 COLOUR_AREA = 16  # low-resolution pixels whose mean is known, from a JPEG too; and an area as said above
 # Of smaller areas it is known but for this and what bends around. Of photographs stored as JPEG (quality 60, noise of

@@ -294,12 +294,12 @@ def test_hardly_a_pixel_overshoots_far(name: str, preset: str, more: float) -> N
     assert far < bicubics + more
 
 
-@pytest.mark.parametrize("preset", ["faithful", "balanced"])
-def test_saturated_colours_overshoot_little_and_are_much_nearer(preset: str) -> None:
+@pytest.mark.parametrize(("preset", "gain"), [("faithful", 12), ("balanced", 10)])
+def test_saturated_colours_overshoot_little_and_are_much_nearer(preset: str, gain: float) -> None:
     """Bicubic's overshoots are cut off at black and white there."""
     original, bicubic, result = upscaled("saturated", preset)
     assert overshoot(result, original).flatten().quantile(0.999) < 11
-    assert psnr_y(result / 255, original / 255) - psnr_y(bicubic / 255, original / 255) > 12
+    assert psnr_y(result / 255, original / 255) - psnr_y(bicubic / 255, original / 255) > gain
 
 
 @pytest.mark.parametrize(("preset", "gain"), [("faithful", 0.3), ("balanced", 0.2)])
@@ -322,7 +322,7 @@ def test_checkers_get_no_tint(preset: str) -> None:
     assert tint(result - bicubic) < 4
 
 
-@pytest.mark.parametrize(("preset", "bound"), [("faithful", 5), ("balanced", 4)])
+@pytest.mark.parametrize(("preset", "bound"), [("faithful", 2), ("balanced", 3), ("detailed", 3)])
 def test_grass_gets_no_screen(preset: str, bound: float) -> None:
     original, _, result = upscaled("grass", preset)
     assert screen(original) < 1.5
