@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--preset", default="balanced", help="faithful, balanced or detailed (balanced)")
     sub.add_argument("--steps", type=int, help="sampler steps instead of the preset's; 1 alone is faithful")
     sub.add_argument("--start", type=_number, metavar="SIGMA", help="noise to start from instead of the preset's")
-    sub.add_argument("--detail", type=_number, metavar="SHARE", help="of the detailer, 0 to 1, instead of the preset's")
+    sub.add_argument("--detail", type=float, metavar="SHARE", help="of the detailer, 0 to 1, instead of the preset's")
     sub.add_argument("--sampler", help="heun, euler, ddim or dpmpp_2m instead of the preset's")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--tile", type=_tile, default="auto", help="auto, whole, or N for NxN blocks a step (auto)")

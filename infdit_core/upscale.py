@@ -102,8 +102,8 @@ def upscale(
     sigma of the noise put on a first picture, the predictor's or without one the network's estimate, from where the
     sampler takes `steps` steps; steps = 1 alone is that estimate, one evaluation from the largest sigma. sigmas: a
     schedule of your own in their place, n + 1 falling values; one that starts below the weights' largest sigma
-    starts on the first picture. detail: share of the detailer in that picture, None: the preset's, or 0 beside any of
-    the others, for a sampler brings details of its own. sampler: heun, euler, ddim or dpmpp_2m, or a function with
+    starts on the first picture. detail: share of the detailer in that picture, None: the preset's, or 0 beside steps,
+    start or sigmas, for a sampler brings details of its own. sampler: heun, euler, ddim or dpmpp_2m, or a function with
     the signature of those, instead of the preset's. seed: every picture's own, so that it doesn't matter what else is
     in the batch. tile: blocks a step, "auto" by free memory, None all at once; never changes the result. colour:
     transfer from the input, "wavelet" the low frequencies, "mean" mean and deviation.

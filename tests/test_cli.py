@@ -88,10 +88,11 @@ def test_sizes(
 
 
 def test_presets_and_seeds_are_reproducible(run: Run, photo: Path, weights: Path, tmp_path: Path) -> None:
-    for name, options in {"a": [], "b": ["--tile", 1], "c": ["--seed", 7], "d": ["--preset", "faithful"]}.items():
+    given = {"a": [], "b": ["--tile", 1], "c": ["--seed", 7], "d": ["--preset", "faithful"], "e": ["--detail", 0]}
+    for name, options in given.items():
         run("upscale", photo, "-o", tmp_path / f"{name}.png", "--model", weights, *options)
-    pixels = {name: np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in "abcd"}
-    assert np.array_equal(pixels["a"], pixels["b"])
+    pixels = {name: np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in "abcde"}
+    assert np.array_equal(pixels["a"], pixels["b"]) and np.array_equal(pixels["a"], pixels["e"])
     assert not np.array_equal(pixels["a"], pixels["c"]) and not np.array_equal(pixels["a"], pixels["d"])
 
 
@@ -154,6 +155,8 @@ def test_bad_input_says_what_to_do(run: Run, photo: Path, weights: Path, tmp_pat
         ([photo, "--scale", "-1"], 2, "not a positive number"),
         ([photo, "--scale", "nan"], 2, "not a positive number"),
         ([photo, "--scale", "1e6"], 1, "smaller scale"),
+        ([photo, "--detail", "nan"], 1, "it must be a share"),
+        ([photo, "--detail", "0.5"], 1, "have no detailer"),
         ([photo, "--scale", "2", "--width", "9"], 1, "either"),
         ([photo, "--preset", "best"], 1, "faithful, balanced"),
         ([photo, "--sampler", "magic"], 1, "dpmpp_2m"),
@@ -205,6 +208,8 @@ def published(weights: Path, tmp_path: Path) -> Path:
     """A file in the published layout: DeepSpeed's, bf16, RoPE tables, unused tensors and a CLIP tower."""
     file = open_weights(weights)
     tensors = {name: file.read(name) for name in file.shapes}
+    unused = load_infdit(weights).state_dict()
+    tensors |= {disk: unused[code].bfloat16() for disk, code in key_table(1).items() if disk in SEMANTIC}
     tensors |= dict.fromkeys(ROPE_TABLES, torch.zeros(64, 64, 8, dtype=torch.bfloat16))
     tensors["mixins.adaln_layer.k_layer_norm.0.weight"] = torch.ones(8, dtype=torch.bfloat16)
     tensors["transformer.position_embeddings.weight"] = torch.ones(5, 16, dtype=torch.bfloat16)
@@ -235,7 +240,7 @@ def test_convert(run: Run, published: Path, tmp_path: Path) -> None:
     assert run("convert", published, out, "--clip", tower)[0] == 1, "without --overwrite"
     assert run("convert", published, out, "--clip", tower, "--overwrite", "--dtype", "float32")[0] == 0
     assert set(open_weights(tower).shapes) == {"visual.proj", "visual.class_embedding"}
-    assert set(key_table(1)) - set(SEMANTIC) <= set(open_weights(out).shapes)
+    assert set(key_table(1)) <= set(open_weights(out).shapes)
     assert set(open_weights(out).dtypes.values()) == {torch.float32}
     assert run("convert", out, out, "--overwrite")[0] == 1, "onto itself"
     assert "no CLIP tower" in run("convert", out, tmp_path / "x.safetensors", "--clip", tmp_path / "y")[2]

@@ -733,15 +733,21 @@ def test_a_detailer_alone_learns_on_top_of_the_predictor(
 
 
 @pytest.mark.usefixtures("judge")
-def test_other_stages_keep_a_detailer_or_leave_it_behind(predicting: Path, tiny: list[str], tmp_path: Path) -> None:
+def test_other_stages_keep_a_detailer_or_leave_it_behind(
+    predicting: Path, tiny: list[str], tmp_path: Path, assert_close: CloseTo
+) -> None:
     start = f"start_from={predicting / 'weights.safetensors'}"
     train(*tiny, *PREDICTOR, *DETAILER, start, f"out={tmp_path / 'detailer'}", "steps=2", RATE)
     start = f"start_from={tmp_path / 'detailer' / 'weights.safetensors'}"
     kept = weights(tmp_path / "detailer" / "weights.safetensors")
     train(*tiny, *PREDICTOR, start, f"out={tmp_path / 'network'}", "steps=2")
     after = weights(tmp_path / "network" / "weights.safetensors")
-    same = [name for name in kept if name.startswith(("predictor.", "detailer.")) and ".up" not in name]
-    assert same and all(torch.equal(after[name], kept[name]) for name in same if ".down" not in name)
+    assert load_infdit(tmp_path / "network" / "weights.safetensors").config.presets["balanced"].detail == 0.7
+    same = [n for n in kept if n.startswith(("predictor.", "detailer.")) and not n.endswith((".up", ".down"))]
+    assert same and all(torch.equal(after[name], kept[name]) for name in same)
+    for name in (n.removesuffix(".up") for n in kept if n.endswith(".up")):
+        before, now = (x[f"{name}.up"].float() @ x[f"{name}.down"].float() for x in (kept, after))
+        assert_close(now, before, 0.01 * float(before.abs().max()))
     train(*tiny, *PREDICTOR, "stage=predictor", start, f"out={tmp_path / 'predictor'}", "steps=2")
     assert load_infdit(tmp_path / "predictor" / "weights.safetensors").detailer is None
 
@@ -756,7 +762,9 @@ def test_unfit_settings_of_a_detailer_are_named(predicting: Path, tiny: list[str
         parse([*first, start, "loss.own_input=0.1"])
     with pytest.raises(ValueError, match=r"adds to a predictor that knows something: say start_from=FILE"):
         train(*first)
-    with pytest.raises(ValueError, match=r"the network has none; say network\.detail_rank=12"):
+    with pytest.raises(ValueError, match=r"detail_rank 0 instead of 2"):
+        train(*tiny, *PREDICTOR, start, f"out={tmp_path}", "network.detail_rank=2")
+    with pytest.raises(ValueError, match=r"there is none; say network\.detail_rank=12"):
         train(*first, start, "network.detail_rank=0")
 
 

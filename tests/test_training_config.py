@@ -73,7 +73,7 @@ def test_nano_trains_the_default_weights_further() -> None:
     network = loop._network(config)
     assert config.network is not None
     assert network.config == load_infdit().config
-    assert network.config.presets["balanced"] == Preset(1, 0.1, "euler")
+    assert network.config.presets["balanced"] == Preset(1, detail=0.7)
     assert 0 < config.data.degraded < 1
     assert config.loss.regression > 0
 

@@ -11,6 +11,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save, save_file
-from torch import Tensor
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
 
 from infdit_core.infdit import InfDiT, InfDiTConfig, Preset, load_infdit, save_infdit
 from infdit_core.infdit.checkpoint import (
@@ -268,6 +269,36 @@ def test_what_no_semantics_change_is_left_out(tmp_path: Path, tiny_model: MakeMo
     vector = torch.rand(1, 8)
     expected = model.denoise(noisy, 0.3, low_res, semantic=vector)
     assert torch.equal(again.denoise(noisy, 0.3, low_res, semantic=vector), expected)
+
+
+def test_a_file_that_lost_what_takes_up_semantics_is_refused(tmp_path: Path, tiny_model: MakeModel) -> None:
+    """One whose metadata doesn't speak of it, as the published one's."""
+    path = tmp_path / "own.safetensors"
+    save_infdit(path, tiny_model(), torch.float32)
+    save_file({name: tensor for name, tensor in load_file(path).items() if name not in SEMANTIC}, path)
+    with pytest.raises(WeightsError, match=r"missing: cond_embed\.map_vector\.0\.weight"):
+        load_infdit(path)
+
+
+def test_modules_may_wait_for_their_tensors(tmp_path: Path, tiny_model: MakeModel) -> None:
+    """As those of a host that loads lazily."""
+
+    class Lazy(nn.Linear):
+        def __init__(self, *sizes: int, **factory: Any) -> None:
+            super().__init__(*sizes, **factory)
+            del self.weight, self.bias
+
+        def _load_from_state_dict(self, state: Any, prefix: str, *_: Any) -> None:
+            self.weight, self.bias = (nn.Parameter(state[prefix + part]) for part in ("weight", "bias"))
+
+    model, path = tiny_model(), tmp_path / "own.safetensors"
+    model.semantic_out.weight.data.zero_()
+    model.semantic_out.bias.data.zero_()
+    save_infdit(path, model, torch.float32)
+    operations = SimpleNamespace(Linear=Lazy, Conv2d=nn.Conv2d, LayerNorm=nn.LayerNorm)
+    again = load_infdit(path, operations=operations)
+    noisy, low_res = torch.rand(1, 3, 32, 16), torch.rand(1, 3, 8, 4)
+    assert torch.equal(again.denoise(noisy, 0.3, low_res), model.denoise(noisy, 0.3, low_res))
 
 
 def test_what_is_computed_survives_the_file(tmp_path: Path, tiny_model: MakeModel) -> None:

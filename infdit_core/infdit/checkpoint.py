@@ -139,7 +139,7 @@ def unused_keys(file: WeightsFile, config: InfDiTConfig) -> dict[str, str]:
     expected = {
         name: tuple(t.shape) for name, t in _factored(InfDiT(config, device="meta").state_dict(), config).items()
     }
-    if not set(SEMANTIC) & set(file.shapes):
+    if not set(SEMANTIC) & set(file.shapes) and "semantic_size" in json.loads(file.metadata.get("config", "{}")):
         table = {disk: code for disk, code in table.items() if disk not in SEMANTIC}
     problems = [f"missing: {name}" for name in table if name not in file.shapes]
     problems += [f"unknown: {name}" for name in file.shapes if name not in table and name not in unused]
@@ -172,21 +172,23 @@ def load_infdit(
     config = read_config(file)
     unused_keys(file, config)
     model = InfDiT(config, operations=operations, device="meta")
-    state = {
-        code: (file.read(disk) if disk in file.shapes else _unused_semantics(disk, model.get_parameter(code))).to(
-            device=device, dtype=dtype, copy=True
-        )
-        for disk, code in _keys(config).items()
-    }
+    tensors = {code: file.read(disk) for disk, code in _keys(config).items() if disk in file.shapes}
+    if SEMANTIC[0] not in file.shapes:
+        tensors |= _unused_semantics(config)
+    state = {code: tensor.to(device=device, dtype=dtype, copy=True) for code, tensor in tensors.items()}
     model.load_state_dict(_multiplied(state, config), assign=True)
     return model.eval().requires_grad_(False)
 
 
-def _unused_semantics(name: str, like: Tensor) -> Tensor:
+def _unused_semantics(config: InfDiTConfig) -> dict[str, Tensor]:
     """What a file leaves out, as fresh weights have it: without effect until it is trained."""
-    if name != SEMANTIC[0]:
-        return torch.zeros(like.shape)
-    return fresh_matrix(torch.empty(like.shape), torch.Generator().manual_seed(0))
+    size = config.hidden_size
+    return {
+        "semantic_in.weight": fresh_matrix(torch.empty(size, config.semantic_size), torch.Generator().manual_seed(0)),
+        "semantic_in.bias": torch.zeros(size),
+        "semantic_out.weight": torch.zeros(size, size),
+        "semantic_out.bias": torch.zeros(size),
+    }
 
 
 def infdit_metadata(config: InfDiTConfig) -> dict[str, str]:

@@ -45,11 +45,15 @@ class LossConfig:
     weight: Literal["edm", "unit", "v", "epsilon"] = "edm"
     power: int = 2  # of the error: 2 or 1
     regression: float = 0.0  # share of samples without noise, told sigma_max: they learn the mean (residual networks)
-    perceptual: float = 0.0  # times sigma / perceptual_below LPIPS is added where noise is little
+    perceptual: float = (
+        0.0  # times sigma / perceptual_below LPIPS is added where noise is little; a detailer's: times 1
+    )
     perceptual_below: float = 0.3  # sigma of what counts as little
     own_input: float = 0.0  # share of samples: little noise is added to the upsampled picture, as a sampler does it;
     # without `perceptual` they learn the mean
-    overshoot: float = 0.0  # by so much more an error counts beyond what the original holds near by
+    # By so much more an error counts beyond what the original holds near by; a detailer's: times its square, beside the
+    # logarithm of the error.
+    overshoot: float = 0.0
     lr_dropout: float = 0.07  # share of samples whose low resolution is replaced by noise
     direction: Literal["lt", "rb"] = "lt"
 

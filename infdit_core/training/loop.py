@@ -28,7 +28,7 @@ from ..bench import matmul_rate
 from ..degradation import smallest_side
 from ..evaluation import grids
 from ..infdit.checkpoint import load_infdit, save_infdit
-from ..infdit.config import InfDiTConfig
+from ..infdit.config import DETAILER_PRESETS, InfDiTConfig
 from ..infdit.lora import adapt_detailer, add_lora, merged_state, save_lora
 from ..infdit.model import InfDiT
 from ..infdit.predictor import Predictor
@@ -240,10 +240,12 @@ def _network(config: TrainConfig) -> InfDiT:
         if config.stage == "predictor":
             network.detailer, found = None, _without_detailer(found)
             wanted = _without_detailer(wanted)
-        elif config.stage == "network":
+        elif not wanted.detail_rank:
             wanted = replace(wanted, detail_rank=found.detail_rank)
+        if wanted.detail_rank and not _has_detail(wanted):
+            wanted = replace(wanted, presets=found.presets if _has_detail(found) else DETAILER_PRESETS)
         changes: dict[str, Any] = {"presets": wanted.presets, "grids": wanted.grids}
-        if not found.detail_rank and wanted.detail_rank:
+        if config.stage == "detailer" and not found.detail_rank:
             changes |= {"detail_rank": wanted.detail_rank}
         grows = config.stage == "predictor" and 0 < found.predictor_depth <= wanted.predictor_depth
         grows = grows and found.predictor_condition in (0, wanted.predictor_condition)
@@ -267,7 +269,10 @@ def _network(config: TrainConfig) -> InfDiT:
     else:
         assert config.network is not None
         if config.network.detail_rank:
-            raise TrainingError("a detailer adds to a predictor that knows something: say start_from=FILE")
+            raise TrainingError(
+                "a detailer adds to a predictor that knows something: say start_from=FILE, or network.detail_rank=0 to "
+                "train that first"
+            )
         if config.network.predictor_depth and config.stage != "predictor":
             raise TrainingError(f"fresh weights have a predictor that knows nothing: {_UNTRAINED}")
         network = _fresh(config.network, generator)
@@ -277,7 +282,7 @@ def _network(config: TrainConfig) -> InfDiT:
         raise TrainingError(
             f"data.crop={config.data.crop}: it must be a multiple of {network.config.block_size}, the block"
         )
-    unseen = grids(network.config)[-1]
+    unseen = grids(network.config)[-1] if config.stage == "network" else 0
     if config.loss.perceptual and config.data.crop < _JUDGED + unseen:
         raise TrainingError(
             f"data.crop={config.data.crop}: loss.perceptual needs at least {_JUDGED} pixels, for what LPIPS looks at"
@@ -304,7 +309,10 @@ def _network(config: TrainConfig) -> InfDiT:
             flatten_kernels(network.predictor.blocks)
     elif config.stage == "detailer":
         if network.detailer is None:
-            raise TrainingError("stage=detailer: the network has none; say network.detail_rank=12, and start_from=FILE")
+            raise TrainingError(
+                "stage=detailer: there is none; say network.detail_rank=12, and the network's other settings, such as "
+                "nano, instead of network=null"
+            )
         adapt_detailer(network, generator)
     for first in (network.predictor, network.detailer) if config.stage == "network" else ():
         if first is not None:
@@ -321,6 +329,10 @@ def _fresh(config: InfDiTConfig, generator: torch.Generator) -> InfDiT:
         network = InfDiT(config)
     network.initialise(generator)
     return network
+
+
+def _has_detail(config: InfDiTConfig) -> bool:
+    return any(preset.detail for preset in config.presets.values())
 
 
 def _without_detailer(config: InfDiTConfig) -> InfDiTConfig:

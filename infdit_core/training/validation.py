@@ -69,8 +69,8 @@ def validate(
     """Of every held crop in turn: its figures, and pictures (LR, bicubic, one a preset, original) in 0..1.
 
     Loss: as trained, at three noise levels, one deviation apart, and without noise where that is trained; PSNR-Y in dB
-    and LPIPS of each preset, beside bicubic. While the predictor is trained: its loss (of the picture alone) and its
-    picture in their place.
+    and LPIPS of each preset, beside bicubic. While the predictor or the detailer is trained: its loss and its picture
+    in their place.
     """
     loss = config.loss
     levels = [math.exp(loss.sigma_log_mean + loss.sigma_log_deviation * z) for z in (-1, 0, 1)]
@@ -80,7 +80,7 @@ def validate(
         pictures: list[Tensor] = []
         for kind, given in batches.items():
             results = {"bicubic": given.upsampled / 2 + 0.5}
-            batch = with_prediction(given, network)
+            batch = given if config.stage == "detailer" else with_prediction(given, network)
             if config.stage == "predictor":
                 figures[f"{kind}_loss_mean"] = float(prediction_loss(network.predict, network.config.scale, batch))
                 results["predicted"] = batch.upsampled / 2 + 0.5

@@ -240,7 +240,8 @@ def precisions(h: Any) -> None:
         kinds = {p.dtype for p in model.model.diffusion_model.parameters()}
         assert precision == "auto" or h.host.PRECISIONS[precision] in kinds, (precision, kinds)
         assert sampled(h, model, image, steps=1, seed=1).isfinite().all()
-    assert h.model(h.shipped, "fp8").model_size() < 0.4 * h.model(h.shipped, "fp32").model_size()
+    # The predictor and the detailer, a fifth of the weights, stay as they are.
+    assert h.model(h.shipped, "fp8").model_size() < 0.45 * h.model(h.shipped, "fp32").model_size()
 
 
 @check
@@ -290,7 +291,7 @@ def samplers_of_the_host_draw_other_noise_than_the_start(h: Any) -> None:
             return latent
 
     for seed in (3, 2**64 - 1):
-        settings = TILED | {"seed": seed}
+        settings = TILED | {"seed": seed, "sigmas": h.torch.tensor([0.1, 0.0])}
         h.run("InfDiTUpscaleTiled", model=h.default(), image=picture(4, 4), sampler=Probe(), **settings)
         own = h.run("InfDiTHeunSampler", s_churn=8.0, s_tmin=0.0, s_tmax=1000.0, s_noise=1.0)
         h.run("InfDiTUpscaleTiled", model=h.default(), image=picture(4, 4), sampler=own, **settings)
