@@ -59,7 +59,7 @@ DETAIL, LEAST_DETAIL, ROUNDING = 6.0, 4 / 127.5, 0.5 / 127.5
 # What all low-resolution pixels of an area repeat inside them is the network's, not the picture's. Values count up to
 # ALIKE, or a line through a few pixels would leave its shadow in all; up to more in coarse texture, as many times as
 # values below ALIKE are fewer there. Their mean is then divided by the share that counts whole, a step towards Huber's
-# estimate of location. Both shares are taken for FEW where they are less.
+# estimate of location, but no further than a value counts. Both shares are taken for FEW where they are less.
 ALIKE, FEW = 4 / 127.5, 0.2
 COLOUR_AREA = 16  # low-resolution pixels whose mean is known, from a JPEG too; and an area as said above
 # Of smaller areas it is known but for this and what bends around. Of photographs stored as JPEG (quality 60, noise of
@@ -94,9 +94,10 @@ def keep_to(low_res: Tensor, estimate: Tensor) -> None:
         estimated.sub_(resize(cast, size)).sub_(resize(stains, size)).sub_(enlarged)
         parts = F.pixel_unshuffle(estimated, scale)
         little = F.adaptive_avg_pool2d((parts.abs() < ALIKE).to(parts), areas).mean(1, keepdim=True)
-        most = F.interpolate(ALIKE / little.clamp(min=FEW), (height, width), mode="bilinear")
-        whole = F.adaptive_avg_pool2d((parts.abs() < most).to(parts), areas).clamp(min=FEW)
-        alike = F.adaptive_avg_pool2d(parts.clamp_(-most, most), areas) / whole
+        most = ALIKE / little.clamp(min=FEW)
+        bound = F.interpolate(most, (height, width), mode="bilinear")
+        whole = F.adaptive_avg_pool2d((parts.abs() < bound).to(parts), areas).clamp(min=FEW)
+        alike = (F.adaptive_avg_pool2d(parts.clamp_(-bound, bound), areas) / whole).clamp(-most, most)
         alike = F.interpolate(alike - alike.mean(1, keepdim=True), (height, width), mode="bilinear")
         estimated.sub_(F.pixel_shuffle(certain * alike, scale)).clamp_(-detail, detail).add_(enlarged)
 
