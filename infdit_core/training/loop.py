@@ -314,9 +314,10 @@ def _network(config: TrainConfig) -> InfDiT:
                 "nano, instead of network=null"
             )
         adapt_detailer(network, generator)
-    for first in (network.predictor, network.detailer) if config.stage == "network" else ():
-        if first is not None:
-            first.requires_grad_(False)
+    else:
+        for first in (network.predictor, network.detailer):
+            if first is not None:
+                first.requires_grad_(False)
     network.checkpointing = config.checkpointing
     if config.compile:
         for layer in network.layers:
