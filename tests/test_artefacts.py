@@ -317,6 +317,15 @@ def test_checkers_stay(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_checkers_get_no_stripes(preset: str) -> None:
+    """Diagonal stripes have the same low resolution."""
+    result = upscaled("checkers", preset).result.mean((0, 1))
+    energy = torch.fft.fft2(result - result.mean()).abs()
+    falling, rising = energy[SMALL // 8, SMALL // 8], energy[SMALL // 8, -SMALL // 8]
+    assert 0.75 < falling / rising < 1.33
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_checkers_get_no_tint(preset: str) -> None:
     _, bicubic, result = upscaled("checkers", preset)
     assert tint(result - bicubic) < 4
