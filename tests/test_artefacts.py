@@ -316,12 +316,12 @@ def test_checkers_stay(preset: str) -> None:
     assert (result * squares).mean() > 0.7 * (bicubic * squares).mean()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "detailed"])
 def test_checkers_get_no_stripes(preset: str) -> None:
-    """Diagonal stripes have the same low resolution."""
+    """Diagonal stripes have the same low resolution; checkers are waves along both diagonals, equally strong."""
     result = upscaled("checkers", preset).result.mean((0, 1))
-    energy = torch.fft.fft2(result - result.mean()).abs()
-    falling, rising = energy[SMALL // 8, SMALL // 8], energy[SMALL // 8, -SMALL // 8]
+    waves = torch.fft.fft2(result - result.mean()).abs()
+    falling, rising = waves[SMALL // 8, SMALL // 8], waves[SMALL // 8, -SMALL // 8]
     assert 0.75 < falling / rising < 1.33
 
 
