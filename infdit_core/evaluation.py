@@ -16,7 +16,7 @@ from torch import Tensor
 from .images import pad_by_reflection, resize
 from .infdit.config import InfDiTConfig
 from .infdit.model import InfDiT, Progress
-from .memory import available_memory, out_of_memory
+from .memory import available_memory, out_of_main_memory, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,14 @@ STAIN_AREA, STAIN = 2, 1 / 127.5
 COLOUR, LEAST_COLOUR = 2.0, 1 / 127.5
 
 
-def keep_to(low_res: Tensor, estimate: Tensor) -> None:
+def keep_to(low_res: Tensor, estimate: Tensor, on_channel: Callable[[], None] | None = None) -> None:
     """Take out of an estimate, in place, what its low resolution rules out: colour casts and stains, what repeats in
     every one of its pixels, patterns on smooth areas, colour on grey ones.
 
-    low_res: (B, 3, h, w) in [-1, 1]; estimate: (B, 3, H, W), the same enlarged.
+    low_res: (B, 3, h, w) in [-1, 1]; estimate: (B, 3, H, W), the same enlarged. on_channel is called after every step
+    of a channel; what it raises stops the work.
     """
+    on_channel = on_channel or (lambda: None)
     low_res = low_res.to(estimate)
     (height, width), size = low_res.shape[2:], (estimate.shape[2], estimate.shape[3])
     scale = size[0] // height
@@ -100,6 +102,7 @@ def keep_to(low_res: Tensor, estimate: Tensor) -> None:
         alike = (F.adaptive_avg_pool2d(parts.clamp_(-bound, bound), areas) / whole).clamp(-most, most)
         alike = F.interpolate(alike - alike.mean(1, keepdim=True), (height, width), mode="bilinear")
         estimated.sub_(F.pixel_shuffle(certain * alike, scale)).clamp_(-detail, detail).add_(enlarged)
+        on_channel()
 
     tints = low_res - low_res.mean(1, keepdim=True)
     tint = F.interpolate(LEAST_COLOUR + COLOUR * _nearby(tints.abs().amax(1, keepdim=True)), size, mode="bilinear")
@@ -107,6 +110,7 @@ def keep_to(low_res: Tensor, estimate: Tensor) -> None:
     for channel in range(estimate.shape[1]):
         estimated, enlarged = estimate[:, channel : channel + 1], resize(tints[:, channel : channel + 1], size)
         estimated.sub_(grey).sub_(enlarged).clamp_(-tint, tint).add_(enlarged).add_(grey)
+        on_channel()
 
 
 def _bends(x: Tensor) -> Tensor:
@@ -197,7 +201,8 @@ def denoise(
 
     noisy: (B, 3, h * scale, w * scale); low_res: (B, 3, h, w); upsampled: model.upsample(low_res).
     Where memory runs out, the plan becomes smaller.
-    on_tile counts the tiles of all grids. Returns the estimate, shaped as noisy; raises MemoryError where no plan fits.
+    on_tile counts the tiles of all grids, and is called while keeping to the low resolution too.
+    Returns the estimate, shaped as noisy; raises MemoryError where no plan fits.
     """
     befores = grids(model.config)
 
@@ -213,7 +218,7 @@ def denoise(
     for other in others:
         first.lerp_(other, share_of_second((first.shape[2], first.shape[3]), model.config).to(first))
     if model.config.parametrisation == "residual":
-        keep_to(low_res, first)
+        keep_to(low_res, first, lambda: report(len(befores) - 1, Progress(1, 1, first)))
     return first
 
 
@@ -236,7 +241,9 @@ def _denoise_on_grid(
         block = config.block_size // scale
         return pad_by_reflection(x, rows * block, cols * block, before // scale)  # rounded: half a patch off there
 
-    upsampled, noisy, low_res = on_blocks(upsampled), on_blocks(noisy), on_blocks(low_res, config.scale)
+    noisy_is_upsampled = noisy is upsampled  # without noise; then they take memory once
+    upsampled, low_res = on_blocks(upsampled), on_blocks(low_res, config.scale)
+    noisy = upsampled if noisy_is_upsampled else on_blocks(noisy)
     inside = (..., slice(before, before + height), slice(before, before + width))
     while True:
         try:
@@ -252,6 +259,7 @@ def _denoise_on_grid(
                 on_tile=lambda progress: on_tile(progress._replace(estimate=progress.estimate[inside])),
             )[inside]
         except RuntimeError as error:
-            if not out_of_memory(error):
+            # Smaller tiles don't help main memory, where the pictures of a card's network wait.
+            if not out_of_memory(error) or (memory.device.type != "cpu" and out_of_main_memory(error)):
                 raise
         memory.reduce()  # out here nothing holds the tensors of the failed evaluation any more

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,8 +22,28 @@ def available_memory(device: torch.device) -> int:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that an allocation failed, on the accelerator or the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an error says that an allocation failed, on the accelerator or in main memory."""
+    return isinstance(error, torch.OutOfMemoryError) or out_of_main_memory(error)
+
+
+def out_of_main_memory(error: RuntimeError) -> bool:
+    """Whether an error says that an allocation failed in main memory."""
+    return "DefaultCPUAllocator" in str(error)
+
+
+@contextlib.contextmanager
+def pictures_in_main_memory() -> Iterator[None]:
+    """Raises MemoryError where main memory runs out: torch's own error names only the bytes that were one too many."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_main_memory(error):
+            raise
+        free = available_memory(torch.device("cpu")) / 2**20
+        raise MemoryError(
+            "main memory ran out: the pictures on the way take about 60 bytes there for each pixel of the result, and "
+            f"{free:.0f} MiB are free. Close other programs, or choose a smaller result"
+        ) from error
 
 
 def resident_memory(device: torch.device) -> int:

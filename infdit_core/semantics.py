@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal, NamedTuple, get_args
@@ -86,6 +86,18 @@ def _centre(x: Tensor, height: int, width: int) -> Tensor:
     return x[:, :, top : top + height, left : left + width]
 
 
+def in_parts(
+    encode: Callable[[Tensor], Tensor], seen: Tensor, on_part: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """encode(seen), of 8 at a time; on_part(done, total) is called after each."""
+    vectors = []
+    for part in (parts := seen.split(8)):
+        vectors.append(encode(part))
+        if on_part is not None:
+            on_part(len(vectors), len(parts))
+    return torch.cat(vectors)
+
+
 def mean_of_views(vectors: Tensor, count: int) -> Tensor:
     """CLIP's vectors (n count, D) of what `preprocess` made of `count` pictures -> a unit vector each, (count, D)."""
     unit = F.normalize(vectors, dim=-1)
@@ -117,11 +129,16 @@ class Clip:
         return weight.device, weight.dtype
 
     @torch.no_grad()
-    def encode_image(self, x: Tensor, view: View = "centre") -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> unit vectors (B, size), fp32. view: see `preprocess`."""
+    def encode_image(
+        self, x: Tensor, view: View = "centre", on_part: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> unit vectors (B, size), fp32. view: see `preprocess`.
+
+        on_part(done, total) is called after every few squares; what it raises stops the work.
+        """
         device, dtype = self._here()
         seen = preprocess(x.float(), self.side, view, *self.statistics).to(device=device, dtype=dtype)
-        return mean_of_views(torch.cat([self.model.visual(part).float() for part in seen.split(8)]), len(x))
+        return mean_of_views(in_parts(lambda part: self.model.visual(part).float(), seen, on_part), len(x))
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:

@@ -18,6 +18,7 @@ from .images import colours_and_alpha, match_low_frequencies, match_mean_deviati
 from .infdit.checkpoint import load_infdit
 from .infdit.config import InfDiTConfig, Preset
 from .infdit.model import InfDiT, Progress
+from .memory import pictures_in_main_memory
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def target_size(
 
 
 @torch.no_grad()
+@pictures_in_main_memory()
 def upscale(
     image: Tensor,
     *,
@@ -109,7 +111,8 @@ def upscale(
     transfer from the input, "wavelet" the low frequencies, "mean" mean and deviation.
     on_progress is called after every tile; what it raises stops the work.
 
-    Returns (B, H', W', C) fp32 on image's device. Raises ValueError for what can't be done.
+    Returns (B, H', W', C) fp32 on image's device. Raises ValueError for what can't be done, MemoryError where no tile
+    is small enough or main memory runs out.
     """
     if not image.is_floating_point():
         raise ValueError(f"image is {image.dtype}: it must be floating point in 0..1, so divide levels by 255")

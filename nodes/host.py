@@ -418,7 +418,7 @@ def encode_image(clip: Any, x: Tensor, view: semantics.View) -> Tensor:
     """Unit vectors (B, size) of pictures (B, 3, H, W) in [-1, 1]."""
     clip = _clip_of(clip)
     with _in_use(clip.patcher):
-        return on_result_device(clip.clip.encode_image(x, view))
+        return on_result_device(clip.clip.encode_image(x, view, _part_done))
 
 
 def vision_vectors(clip_vision: Any, x: Tensor, view: semantics.View) -> Tensor:
@@ -434,8 +434,18 @@ def vision_vectors(clip_vision: Any, x: Tensor, view: semantics.View) -> Tensor:
     management.load_model_gpu(clip_vision.patcher)
     statistics = (clip_vision.image_mean, clip_vision.image_std)
     seen = semantics.preprocess(x, clip_vision.image_size, view, *statistics).to(clip_vision.load_device)
-    parts = [clip_vision.model(pixel_values=part, intermediate_output=-2)[2].float() for part in seen.split(8)]
-    return on_result_device(semantics.mean_of_views(torch.cat(parts), len(x)))
+
+    def encode(part: Tensor) -> Tensor:
+        vectors: Tensor = clip_vision.model(pixel_values=part, intermediate_output=-2)[2]
+        return vectors.float()
+
+    return on_result_device(semantics.mean_of_views(semantics.in_parts(encode, seen, _part_done), len(x)))
+
+
+def _part_done(done: int, total: int) -> None:
+    """Moves the node's progress bar, and stops when told to."""
+    management.throw_exception_if_processing_interrupted()
+    comfy.utils.ProgressBar(total).update_absolute(done, total)
 
 
 def steer(clip: Any, vectors: Tensor, positive: str, negative: str, strength: float) -> tuple[Tensor, str]:

@@ -12,13 +12,6 @@ from .target import result_size, target_inputs
 
 PRESETS = ["faithful", "balanced", "detailed"]
 COLOURS = ["none", "wavelet", "mean"]
-SEED = {
-    "default": 0,
-    "min": 0,
-    "max": 2**64 - 1,
-    "control_after_generate": True,
-    "tooltip": "Another seed makes up other detail where noise is added; the default weights' presets add none.",
-}
 
 
 @lru_cache(maxsize=1)
@@ -56,15 +49,15 @@ class Upscale(io.ComfyNode):
                     tooltip="faithful: closest to the original on average, soft. balanced: sharper. detailed: "
                     "sharpest, makes up most.",
                 ),
-                io.Int.Input("seed", **SEED),
             ],
             outputs=[io.Image.Output(id="upscaled", display_name="image", tooltip="The enlarged pictures.")],
         )
 
     @classmethod
-    def execute(cls, image: Tensor, scale: float, preset: str, seed: int) -> io.NodeOutput:
+    def execute(cls, image: Tensor, scale: float, preset: str) -> io.NodeOutput:
         size = result_size(image, "scale", scale, 0, 0)
-        return io.NodeOutput(host.upscale(_default_model(), image, size, preset=preset, seed=seed))
+        # No seed to choose: the default weights' presets add no noise.
+        return io.NodeOutput(host.upscale(_default_model(), image, size, seed=0, preset=preset))
 
 
 class UpscaleTiled(io.ComfyNode):
@@ -91,7 +84,15 @@ class UpscaleTiled(io.ComfyNode):
                     tooltip="Share of detail, steps and starting noise as the weights define them; connected sigmas "
                     "replace the preset.",
                 ),
-                io.Int.Input("seed", **SEED),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="Another seed makes up other detail where noise is added; the default weights' presets add "
+                    "none.",
+                ),
                 io.Int.Input(
                     "tile",
                     default=0,

@@ -36,6 +36,8 @@ def test_they_are_small_and_say_what_they_are() -> None:
     assert DEFAULT_FILE.stat().st_size <= 16_000_000
     config = load_infdit().config
     assert config.parametrisation == "residual" and list(config.presets) == ["faithful", "balanced", "detailed"]
+    # Nothing is drawn: the node for everyone has no seed.
+    assert all(preset.start is None and preset.steps == 1 for preset in config.presets.values())
 
 
 def test_faithful_is_nearer_to_the_original_than_bicubic(pictures: dict[str, Tensor]) -> None:

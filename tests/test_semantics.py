@@ -85,6 +85,19 @@ def test_weights_may_be_smaller(tmp_path: Path) -> None:
     assert F.cosine_similarity(exact, short) > 0.999
 
 
+def test_many_pictures_can_be_stopped(small: Clip) -> None:
+    x, parts = pictures(50, 70, count=17), []
+
+    def stop(done: int, total: int) -> None:
+        parts.append((done, total))
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small.encode_image(x, on_part=stop)
+    assert parts == [(1, 3), (2, 3)]
+
+
 def test_nothing_is_random(small: Clip) -> None:
     state = torch.get_rng_state()
     first = small.encode_image(pictures(50, 70)), small.encode_text(["a bird"])

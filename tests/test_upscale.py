@@ -1,6 +1,7 @@
 """The main job on a small network: any picture, any size, the same result however it is cut."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infdit_core import InfDiT, upscale
-from infdit_core.evaluation import LEAST_COLOUR, LEAST_DETAIL, STAIN, keep_to
+from infdit_core.evaluation import LEAST_COLOUR, LEAST_DETAIL, STAIN, MemoryPlan, keep_to
 from infdit_core.images import resize
 from infdit_core.infdit import Preset
 from infdit_core.upscale import UpscaleProgress, _passes, target_size
@@ -229,6 +230,25 @@ def test_what_is_true_is_kept() -> None:
     assert torch.allclose(kept, original, atol=0.01)
 
 
+def test_keeping_to_the_low_resolution_can_be_stopped(two_grids: InfDiT) -> None:
+    """Of large pictures it takes seconds, after the last tile."""
+    calls = 0
+
+    def stop_at_last(progress: UpscaleProgress) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KeyboardInterrupt
+
+    last = 0
+    upscale(image(9, 9), model=two_grids, scale=4, steps=1, on_progress=stop_at_last)
+    last, calls = calls, 0
+    with pytest.raises(KeyboardInterrupt):
+        upscale(image(9, 9), model=two_grids, scale=4, steps=1, on_progress=stop_at_last)
+    tiles = 2
+    assert last == tiles + 6  # three channels twice
+
+
 def borders(like: Tensor, block: int, mark: float) -> Tensor:
     """`like` with brighter pixels on both sides of its block borders."""
     at = [torch.arange(side) % block for side in like.shape[2:]]
@@ -331,7 +351,8 @@ def test_progress_grows_to_one_and_can_stop(model: InfDiT) -> None:
         preset="faithful",
         on_progress=lambda p: seen.append(p.fraction),
     )
-    assert seen == pytest.approx([1 / 17, 1])  # the second pass has 16 times the pixels
+    steps = 1 + 6  # one tile, then three channels twice
+    assert seen == pytest.approx([1 / 17] * steps + [1] * steps)  # the second pass has 16 times the pixels
 
     def stop(progress: UpscaleProgress) -> None:
         assert progress.estimate.isfinite().all()
@@ -365,6 +386,23 @@ def test_out_of_memory_lowers_the_tile_then_moves_keys_and_values(
     monkeypatch.setattr(InfDiT, "denoise", never)
     with pytest.raises(MemoryError, match="smaller result"):
         upscale(image(9, 9), model=model, scale=4)
+
+
+def test_main_memory_that_runs_out_is_named(model: InfDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller tiles don't help where only the pictures are."""
+    tried = []
+
+    def full(self: InfDiT, *args: object, **kwargs: object) -> Tensor:
+        tried.append(kwargs["tile"])
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(InfDiT, "denoise", full)
+    plan = MemoryPlan(model, (9, 9), 3)
+    plan.device = torch.device("cuda")
+    monkeypatch.setattr(sys.modules["infdit_core.upscale"], "MemoryPlan", lambda *_: plan)
+    with pytest.raises(MemoryError, match="main memory ran out"):
+        upscale(image(9, 9), model=model, scale=4, steps=1)
+    assert tried == [(3, 3)]
 
 
 @pytest.mark.parametrize("scale", [0, -1, math.nan, math.inf, 1e6, 1e300])

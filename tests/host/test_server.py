@@ -43,7 +43,7 @@ def saved(image: str) -> Graph:
 
 
 def one_node(width: int = 48, height: int = 32, **settings: Any) -> Graph:
-    inputs = {"image": ["2", 0], "scale": 4.0, "preset": "balanced", "seed": 1} | settings
+    inputs = {"image": ["2", 0], "scale": 4.0, "preset": "balanced"} | settings
     return source(width, height) | {"3": node("InfDiTUpscale", **inputs)} | saved("3")
 
 
