@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     _semantic_options(sub)
     _device_options(sub)
     sub.add_argument("--lpips", type=Path, metavar="FILE", help="LPIPS weights, of AlexNet or VGG16; without, no LPIPS")
-    text = "pixels of a block's side, for the seam energy (32, the default weights')"
+    text = "pixels of a block's side, for the seam energy of x4 results (32, the default weights')"
     sub.add_argument("--block", type=int, default=32, help=text)
     sub.add_argument("--grids", type=int, choices=(1, 2), default=2, help="of blocks (2, the default weights')")
     sub.add_argument("--json", action="store_true")

@@ -215,8 +215,8 @@ def denoise(
         _denoise_on_grid(model, memory, noisy, sigma, low_res, upsampled, before, semantic, partial(report, number))
         for number, before in enumerate(befores)
     )
-    for other in others:
-        first.lerp_(other, share_of_second((first.shape[2], first.shape[3]), model.config).to(first))
+    while others:  # popped, for a whole picture is what else would be in memory from here on
+        first.lerp_(others.pop(), share_of_second((first.shape[2], first.shape[3]), model.config).to(first))
     if model.config.parametrisation == "residual":
         keep_to(low_res, first, lambda: report(len(befores) - 1, Progress(1, 1, first)))
     return first

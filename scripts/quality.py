@@ -52,6 +52,8 @@ columns = {
 }
 if lpips is None:
     del columns["lpips"]
+if options.scale != model.config.scale:  # the borders lie elsewhere after resizing
+    del columns["seam_energy"]
 
 
 def degraded(image: Image.Image, seed: int) -> Image.Image:
@@ -83,15 +85,18 @@ def enlarged(path: Path, small: Image.Image, size: tuple[int, int]) -> Iterator[
 
 
 def figures(result: Tensor, original: Tensor) -> dict[str, float]:
-    """In the order of `columns`."""
+    """Of each of `columns`."""
     x, truth = ((((t * 255).round() / 255).permute(0, 3, 1, 2)) for t in (result, original))
-    return {
+    found = {
         "psnr_y": psnr_y(x, truth),
         "ssim_y": ssim_y(x, truth),
-        **({"lpips": float(lpips(x, truth))} if lpips else {}),
-        "seam_energy": seam_energy(x, model.config.block_size, grids(model.config), options.scale),
         "shift": float((x.mean((0, 2, 3)) - truth.mean((0, 2, 3))).abs().max() * 255),
     }
+    if lpips is not None:
+        found["lpips"] = float(lpips(x, truth))
+    if "seam_energy" in columns:
+        found["seam_energy"] = seam_energy(x, model.config.block_size, grids(model.config), model.config.scale)
+    return found
 
 
 rows: list[dict[str, str | float]] = []

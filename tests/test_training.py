@@ -866,6 +866,8 @@ def test_held_pictures_are_never_trained_on(tiny: list[str], photographs: Path, 
 
     assert split() == ({"1.png", "2.png", "3.png"}, {"0.png"})
     assert split("data.held=2") == ({"1.png", "3.png"}, {"0.png", "2.png"})
+    twice = f"data.train=[{photographs},{photographs}]"
+    assert split("data.held=2", twice) == ({"1.png", "3.png"}, {"0.png", "2.png"})
     given = split(f"data.validation=[{photographs}/2.png]", f"data.train=['{photographs}/[013].png']")
     assert given == ({"0.png", "1.png", "3.png"}, {"2.png"})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from infdit_core.infdit import InfDiTConfig, load_infdit
+from infdit_core.infdit import InfDiTConfig, load_infdit, save_infdit
 from infdit_core.infdit.config import Preset
 from infdit_core.training import loop
 from infdit_core.training.config import DataConfig, TrainConfig, differences, parse, save
@@ -78,8 +78,12 @@ def test_nano_trains_the_default_weights_further() -> None:
     assert config.loss.regression > 0
 
 
-def test_nano_can_do_without_a_predictor() -> None:
-    network = loop._network(parse(["nano", *NEEDED, "network.predictor_width=0", "network.predictor_depth=0"]))
+def test_nano_can_do_without_a_predictor(tmp_path: Path) -> None:
+    arguments = ["nano", *NEEDED, "network.predictor_width=0", "network.predictor_depth=0"]
+    network = loop._network(parse(arguments))
+    assert network.predictor is None
+    save_infdit(tmp_path / "weights.safetensors", network)
+    network = loop._network(parse([*arguments, f"start_from={tmp_path / 'weights.safetensors'}"]))
     assert network.predictor is None
 
 

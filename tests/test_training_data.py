@@ -230,7 +230,7 @@ def test_a_small_cache_changes_no_crop(pictures: list[PictureFile]) -> None:
 def test_a_cached_picture_is_decoded_once(pictures: list[PictureFile], monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     monkeypatch.setattr(data, "read_pixels", lambda picture: read.append(picture.name) or data_read(picture))
-    drawn(pictures, range(20))
+    drawn([*pictures, *pictures], range(20))  # some may be listed more than once
     assert sorted(read) == [picture.name for picture in pictures]
 
 

@@ -331,6 +331,8 @@ def test_a_preset_has_its_last_level(tiny_model: Callable[..., InfDiT]) -> None:
     assert "0.4, the last from 0.08" in preset.describe()
     with pytest.raises(ValueError, match="end"):
         tiny_model(presets=_Frozen({"balanced": Preset(2, 0.1, end=50.0)}))
+    with pytest.raises(ValueError, match="start"):
+        tiny_model(presets=_Frozen({"balanced": Preset(2, 50.0)}))
 
 
 def test_faithful_feeds_a_residual_network_no_noise(model: InfDiT) -> None:

@@ -140,6 +140,9 @@ class InfDiTConfig:
             raise ValueError("a preset needs at least one step")
         for preset in self.presets.values():
             self.check_detail(preset.detail)
+        starts = [preset.start for preset in self.presets.values() if preset.start is not None]
+        if not all(self.sigma_min < start <= self.sigma_max for start in starts):
+            raise ValueError(f"a preset's start must lie above sigma_min and up to sigma_max, not {starts}")
         ends = [preset.end for preset in self.presets.values() if preset.end is not None]
         if not all(self.sigma_min <= end <= self.sigma_max for end in ends):
             raise ValueError(f"a preset's end must lie between sigma_min and sigma_max, not {ends}")

@@ -175,7 +175,7 @@ class Crops(Dataset[Crop]):
         self.folders: dict[Path, list[int]] = {}
         for index, picture in enumerate(pictures):
             self.folders.setdefault(picture.path.parent, []).append(index)
-        self.decoded: OrderedDict[int, Pixels] = OrderedDict()  # the longest unused first
+        self.decoded: OrderedDict[PictureFile, Pixels] = OrderedDict()  # the longest unused first
         self.decoded_bytes = 0
 
     def __getitem__(self, number: int) -> Crop:
@@ -212,15 +212,16 @@ class Crops(Dataset[Crop]):
         """One of `among` that decodes: its index and pixels."""
         for _ in range(100):
             index = among[int(random.integers(len(among)))]
-            if index in self.decoded:
-                self.decoded.move_to_end(index)
-                return index, self.decoded[index]
+            picture = self.pictures[index]
+            if picture in self.decoded:
+                self.decoded.move_to_end(picture)
+                return index, self.decoded[picture]
             try:
-                pixels = read_pixels(self.pictures[index])
+                pixels = read_pixels(picture)
             except OSError as error:
-                broken.append(Skipped(self.pictures[index].name, f"it is damaged ({error})"))
+                broken.append(Skipped(picture.name, f"it is damaged ({error})"))
                 continue
-            self.decoded[index] = pixels
+            self.decoded[picture] = pixels
             self.decoded_bytes += pixels.nbytes
             while self.decoded_bytes > self.config.cache * 2**30:
                 self.decoded_bytes -= self.decoded.popitem(last=False)[1].nbytes

@@ -260,7 +260,10 @@ def _network(config: TrainConfig) -> InfDiT:
             if config.stage != "predictor":
                 raise TrainingError(f"{config.start_from} holds no predictor: {_UNTRAINED}")
             network.predictor = _fresh(wanted, generator).predictor
-        elif found.predictor_depth != wanted.predictor_depth or found.predictor_condition != wanted.predictor_condition:
+        elif network.predictor is not None and (found.predictor_depth, found.predictor_condition) != (
+            wanted.predictor_depth,
+            wanted.predictor_condition,
+        ):
             network.predictor = _grown(network.predictor, _fresh(wanted, generator).predictor)
         if wanted.detail_rank and network.detailer is None:
             network.detailer = deepcopy(network.predictor)
@@ -408,7 +411,7 @@ def _pictures(config: TrainConfig, network: InfDiTConfig, out: Path, fabric: Fab
         found, more = find_pictures(data.validation, side)
         skipped += more
     else:
-        found = training
+        found = list(dict.fromkeys(training))  # some may be listed more than once, to count more
     held = found[:: max(1, len(found) // data.held)][: data.held]
     validation, more = decodable(held)
     skipped += more
