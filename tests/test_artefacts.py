@@ -254,10 +254,11 @@ def test_flat_areas_beside_edges_stay_flat(name: str, preset: str, grain: float)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ["gradient", "frame", "saturated"])  # in the others `keep_to` sees to it
-def test_no_specks(name: str, preset: str) -> None:
+@pytest.mark.parametrize(("name", "speck"), [("gradient", 6.5), ("frame", 4), ("saturated", 5)])
+def test_no_specks(name: str, speck: float, preset: str) -> None:
+    """`keep_to` alone lets 7.6, 6.7 and 8.6 through, and on flat areas and skies hardly more than there is."""
     original, bicubic, result = upscaled(name, preset)
-    assert greatest((result - bicubic)[far_from_edges(original)]) < 8
+    assert greatest((result - bicubic)[far_from_edges(original)]) < speck
 
 
 @pytest.mark.parametrize(("preset", "step"), [("faithful", 1), ("balanced", 1.7)])
