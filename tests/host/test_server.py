@@ -155,9 +155,7 @@ def test_progress_and_previews_arrive(server: Server) -> None:
     assert run.previews[0][:2] == b"\xff\xd8"
 
 
-@pytest.mark.parametrize(
-    "graph", [one_node(320, 180), native(320, 180, seed=2, steps=20)], ids=["streaming", "native"]
-)
+@pytest.mark.parametrize("graph", [one_node(320, 180), native(320, 180, seed=2, steps=20)], ids=["streaming", "native"])
 def test_interrupt(server: Server, graph: Graph) -> None:
     interrupt = {"interrupt_after_previews": 2} if "KSampler" not in str(graph) else {"interrupt_after_steps": 1}
     run = server.run(graph, **interrupt)
