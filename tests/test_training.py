@@ -734,13 +734,22 @@ def test_a_detailer_alone_learns_on_top_of_the_predictor(
 
 @pytest.mark.usefixtures("judge")
 def test_other_stages_keep_a_detailer_or_leave_it_behind(
-    predicting: Path, tiny: list[str], tmp_path: Path, assert_close: CloseTo
+    predicting: Path, tiny: list[str], tmp_path: Path, assert_close: CloseTo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen: list[tuple[Batch, float]] = []
+    real = loop.training_loss
+    monkeypatch.setattr(loop, "training_loss", lambda *given: seen.append((given[3], given[7])) or real(*given))
     start = f"start_from={predicting / 'weights.safetensors'}"
     train(*tiny, *PREDICTOR, *DETAILER, start, f"out={tmp_path / 'detailer'}", "steps=2", RATE)
     start = f"start_from={tmp_path / 'detailer' / 'weights.safetensors'}"
     kept = weights(tmp_path / "detailer" / "weights.safetensors")
-    train(*tiny, *PREDICTOR, start, f"out={tmp_path / 'network'}", "steps=2")
+    train(*tiny, *PREDICTOR, start, f"out={tmp_path / 'network'}", "steps=8")
+    network = load_infdit(tmp_path / "detailer" / "weights.safetensors")
+    assert {share for _, share in seen} == {preset.detail for preset in network.config.presets.values()}
+    for batch, share in seen:
+        seen_by, margin = functools.partial(network.upsample, batch.low_res), batch.margin(network.config.scale)
+        assert torch.equal(batch.upsampled, seen_by(margin, detail=share))
+        assert not share or not torch.equal(batch.upsampled, seen_by(margin))
     after = weights(tmp_path / "network" / "weights.safetensors")
     assert load_infdit(tmp_path / "network" / "weights.safetensors").config.presets["balanced"].detail == 0.7
     same = [n for n in kept if n.startswith(("predictor.", "detailer.")) and not n.endswith((".up", ".down"))]

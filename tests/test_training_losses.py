@@ -298,7 +298,10 @@ def test_the_direction_reaches_the_network(batch: Batch, direction: Any) -> None
     assert ask(batch, replace(PLAIN, direction=direction))[2]["direction"] == direction
 
 
-def test_lpips_counts_below_its_noise_level_alone(batch: Batch) -> None:
+def test_lpips_counts_below_its_noise_level_and_on_a_detailers_picture(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infdit_core.training.losses.SCREEN", 0)  # LPIPS alone
     few = Batch(*(t[:64] for t in batch[:3]))
     config = replace(PLAIN, perceptual=2.0, perceptual_below=0.3, regression=0.25)
     seen: list[tuple[Tensor, Tensor]] = []
@@ -307,8 +310,8 @@ def test_lpips_counts_below_its_noise_level_alone(batch: Batch) -> None:
         seen.append((x, original))
         return torch.full((len(x),), 0.5)
 
-    def losses(config: LossConfig, judges: Sequence[Lpips]) -> tuple[Tensor, Tensor]:
-        return training_loss(Recorder(), NETWORK, config, few, torch.Generator().manual_seed(1), None, judges)
+    def losses(config: LossConfig, judges: Sequence[Lpips], detail: float = 0) -> tuple[Tensor, Tensor]:
+        return training_loss(Recorder(), NETWORK, config, few, torch.Generator().manual_seed(1), None, judges, detail)
 
     without, sigma = losses(replace(config, perceptual=0.0), [lpips])
     assert not seen
@@ -324,6 +327,10 @@ def test_lpips_counts_below_its_noise_level_alone(batch: Batch) -> None:
     top, left = (4 - side for side in original.shape[2:])
     assert torch.equal(original, shown[:, :, top:, left:]) and torch.all(x == 0.5), "pictures in 0..1"
     assert torch.equal(losses(config, [])[0], without)
+    detailed, _ = losses(config, [lpips], 0.7)
+    no_noise = sigma == NETWORK.sigma_max
+    assert 0 < no_noise.sum() < (~judged).sum()
+    assert torch.allclose(detailed, with_it + no_noise * 0.7)
 
 
 def test_overshoot_is_what_lies_beyond_the_surroundings() -> None:

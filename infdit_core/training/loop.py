@@ -520,9 +520,11 @@ def _step(
                     losses = losses + condition_loss(state.network, batch, detailed)
                 sigma = torch.full_like(losses, given.sigma_max)  # the log calls it loss_mean
             else:
+                shares = [preset.detail for preset in given.presets.values()]
+                share = shares[int(torch.randint(len(shares), (), generator=generator, device=fabric.device))]
                 with fabric.autocast():
-                    batch = with_prediction(batch, state.network)
-                losses, sigma = training_loss(model, given, config.loss, batch, generator, clip, lpips)
+                    batch = with_prediction(batch, state.network, share)
+                losses, sigma = training_loss(model, given, config.loss, batch, generator, clip, lpips, share)
             fabric.backward(losses.mean() / config.accumulate)
         state.losses.add(losses, sigma)
     # Of all parameters: Fabric's own clips those of one optimiser.

@@ -83,24 +83,29 @@ def detail_loss(
     lpips: Sequence[Lpips],
     shift: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """The same (B,) of the detailer's picture, and LPIPS and overshoot, each times what `config` says.
-
-    Both pictures move by `shift` pixels before LPIPS, which doesn't see every pixel alike, and hardly sees what repeats
-    in every low-resolution pixel.
-    """
+    """The same (B,) of the detailer's picture, and how unlike it looks and overshoot, each times what `config` says."""
     picture = predict(batch.low_res, batch.margin(scale), detail=1.0)
     losses = _log_error(picture, batch.original)
     if config.overshoot:
         outside = overshoot(picture, batch.original, 2 * scale).pow(config.power).flatten(1).mean(1)
         losses = losses + config.overshoot * outside
+    return losses + config.perceptual * _unlike(picture, batch.original, scale, lpips, shift)
+
+
+def _unlike(picture: Tensor, original: Tensor, scale: int, lpips: Sequence[Lpips], shift: tuple[int, int]) -> Tensor:
+    """How unlike (B,) two pictures look: LPIPS, and what repeats in every low-resolution pixel, which it hardly sees.
+
+    Both move by `shift` pixels before LPIPS, which doesn't see every pixel alike.
+    """
     top, left = shift
-    pair = [t[:, :, top:, left:] / 2 + 0.5 for t in (picture, batch.original)]
-    repeated = SCREEN * _repeated(picture - batch.original, scale)
-    return losses + config.perceptual * (sum(judge(*pair) for judge in lpips) + repeated)
+    pair = [t[:, :, top:, left:] / 2 + 0.5 for t in (picture, original)]
+    return sum((judge(*pair) for judge in lpips), SCREEN * _repeated(picture - original, scale))
 
 
 def _repeated(x: Tensor, scale: int) -> Tensor:
     """Mean square (B,) of what repeats in every scale x scale pixels of a quarter of (B, C, H, W), beside its mean."""
+    whole = [side // scale * scale for side in x.shape[2:]]
+    x = x[:, :, : whole[0], : whole[1]]
     alike = F.adaptive_avg_pool2d(F.pixel_unshuffle(x, scale), 2).unflatten(1, (x.shape[1], scale**2))
     return (alike - alike.mean(2, keepdim=True)).square().flatten(1).mean(1)
 
@@ -133,11 +138,14 @@ def condition_loss(network: InfDiT, batch: Batch, detailed: bool = False) -> Ten
 
 
 @torch.no_grad()
-def with_prediction(batch: Batch, network: InfDiT) -> Batch:
-    """The batch with the network's own first picture, where it has a predictor, in place of the bicubic one."""
+def with_prediction(batch: Batch, network: InfDiT, detail: float = 0.0) -> Batch:
+    """The batch with the network's own first picture, where it has a predictor, in place of the bicubic one.
+
+    detail: the detailer's share of it."""
     if network.predictor is None:
         return batch
-    return batch._replace(upsampled=network.upsample(batch.low_res, batch.margin(network.config.scale)))
+    margin = batch.margin(network.config.scale)
+    return batch._replace(upsampled=network.upsample(batch.low_res, margin, detail=detail))
 
 
 def blended(denoise: Callable[..., Tensor], network: InfDiTConfig) -> Callable[..., Tensor]:
@@ -177,12 +185,13 @@ def loss_at(
     own: Tensor | None = None,
     lpips: Sequence[Lpips] = (),
     shift: tuple[int, int] = (0, 0),
+    detail: float = 0.0,
     **options: Any,
 ) -> Tensor:
     """Loss (B,) of one evaluation at given noise levels (B,), of what both grids of blocks reach.
 
     own: (B,) true where the noise is on the upsampled picture. lpips: for config.perceptual; both pictures move by
-    `shift` pixels before it. options: more for `denoise`.
+    `shift` pixels before it. detail: the detailer's share of the upsampled picture. options: more for `denoise`.
     """
     given = {"upsampled": batch.upsampled, "semantic": batch.semantic, "direction": config.direction}
     denoised = blended(denoise, network)(noisy, sigma, batch.low_res, **given, **options)
@@ -195,13 +204,14 @@ def loss_at(
     if config.overshoot:
         outside = overshoot(denoised, original, 2 * network.scale).pow(config.power).flatten(1).mean(1)
         losses = losses + config.overshoot * weight * outside
+    # In proportion to sigma: where a schedule ends then says how far it goes from the mean to what looks right. Without
+    # noise the first picture says it.
     little = sigma < min(config.perceptual_below, network.sigma_max)
-    if lpips and config.perceptual and little.any():
-        top, left = shift
-        pair = [t[little, :, top:, left:] / 2 + 0.5 for t in (denoised, original)]
-        # In proportion to sigma: where a schedule ends then says how far it goes from the mean to what looks right.
-        strength = config.perceptual * sigma[little] / config.perceptual_below
-        losses = losses.index_add(0, little.nonzero()[:, 0], strength * sum(judge(*pair) for judge in lpips))
+    strength = torch.where(little, sigma / config.perceptual_below, torch.where(sigma < network.sigma_max, 0, detail))
+    judged = strength > 0
+    if lpips and config.perceptual and judged.any():
+        unlike = _unlike(denoised[judged], original[judged], network.scale, lpips, shift)
+        losses = losses.index_add(0, judged.nonzero()[:, 0], config.perceptual * strength[judged] * unlike)
     return losses
 
 
@@ -213,11 +223,12 @@ def training_loss(
     generator: torch.Generator,
     clip: Clip | None = None,
     lpips: Sequence[Lpips] = (),
+    detail: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Loss (B,) at random noise levels, and these (B,), sigma_max where a sample was without noise.
 
-    denoise: InfDiT.denoise. lpips: for config.perceptual. Everything random comes from `generator`, on the
-    pictures' device.
+    denoise: InfDiT.denoise. lpips: for config.perceptual. detail: the detailer's share of the upsampled pictures.
+    Everything random comes from `generator`, on the pictures' device.
     """
     original, device = batch.original, batch.original.device
     count, crop = len(original), original.shape[3]
@@ -247,7 +258,8 @@ def training_loss(
     row, column = torch.randint(0, largest + 1, (2,), generator=generator, device=device).tolist()
     # AlexNet looks every 4 px only, and what it doesn't see would always be the same.
     top, left = torch.randint(0, 4, (2,), generator=generator, device=device).tolist()
-    losses = loss_at(denoise, network, config, batch, sigma, noisy, own, lpips, (top, left), offset=(row, column))
+    options = {"detail": detail, "offset": (row, column)}
+    losses = loss_at(denoise, network, config, batch, sigma, noisy, own, lpips, (top, left), **options)
     return losses, sigma
 
 
