@@ -744,6 +744,8 @@ def test_other_stages_keep_a_detailer_or_leave_it_behind(
     start = f"start_from={tmp_path / 'detailer' / 'weights.safetensors'}"
     kept = weights(tmp_path / "detailer" / "weights.safetensors")
     train(*tiny, *PREDICTOR, start, f"out={tmp_path / 'network'}", "steps=8")
+    (row,) = rows(tmp_path / "network" / "validation.csv")
+    assert {"clean_loss_mean", "clean_loss_mean_0.7", "clean_loss_mean_0.9"} <= row.keys()
     network = load_infdit(tmp_path / "detailer" / "weights.safetensors")
     assert {share for _, share in seen} == {preset.detail for preset in network.config.presets.values()}
     for batch, share in seen:
@@ -1099,13 +1101,14 @@ def test_validation_measures_every_kind_at_three_levels(whole: Path) -> None:
 
 def test_validation_asks_what_training_asks(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "load_lpips", lambda path, device: lambda a, b: torch.full((len(a),), 0.125))
+    monkeypatch.setattr(losses, "SCREEN", 0)  # LPIPS alone
     asked: list[tuple[Batch, Tensor, Tensor, Tensor, float]] = []
     real = validation.loss_at
 
-    def seen(denoise: Any, network: Any, config: Any, batch: Any, *rest: Any) -> Tensor:
-        unjudged = real(denoise, network, replace(config, perceptual=0.0), batch, *rest)
+    def seen(denoise: Any, network: Any, config: Any, batch: Any, *rest: Any, detail: float) -> Tensor:
+        unjudged = real(denoise, network, replace(config, perceptual=0.0), batch, *rest, detail=detail)
         asked.append((batch, *rest[:3], float(unjudged)))
-        return real(denoise, network, config, batch, *rest)
+        return real(denoise, network, config, batch, *rest, detail=detail)
 
     monkeypatch.setattr(validation, "loss_at", seen)
     arguments = [*tiny, *PLAIN, "steps=1", "data.crop=64", "lpips=[alex.safetensors]", "loss.perceptual_below=0.2"]

@@ -45,9 +45,9 @@ class LossConfig:
     weight: Literal["edm", "unit", "v", "epsilon"] = "edm"
     power: int = 2  # of the error: 2 or 1
     regression: float = 0.0  # share of samples without noise, told sigma_max: they learn the mean (residual networks)
-    perceptual: float = (
-        0.0  # times sigma / perceptual_below LPIPS is added where noise is little; a detailer's: times 1
-    )
+    # LPIPS is added, times this and, where noise is little, sigma / perceptual_below; without noise the detailer's
+    # share of the first picture; for a detailer's own picture 1.
+    perceptual: float = 0.0
     perceptual_below: float = 0.3  # sigma of what counts as little
     own_input: float = 0.0  # share of samples: little noise is added to the upsampled picture, as a sampler does it;
     # without `perceptual` they learn the mean

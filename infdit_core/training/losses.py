@@ -258,8 +258,8 @@ def training_loss(
     row, column = torch.randint(0, largest + 1, (2,), generator=generator, device=device).tolist()
     # AlexNet looks every 4 px only, and what it doesn't see would always be the same.
     top, left = torch.randint(0, 4, (2,), generator=generator, device=device).tolist()
-    options = {"detail": detail, "offset": (row, column)}
-    losses = loss_at(denoise, network, config, batch, sigma, noisy, own, lpips, (top, left), **options)
+    shift, offset = (top, left), (row, column)
+    losses = loss_at(denoise, network, config, batch, sigma, noisy, own, lpips, shift, detail, offset=offset)
     return losses, sigma
 
 

@@ -1,6 +1,7 @@
 """How well the weights do: on crops of held pictures while training, on whole test pictures at its end."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,9 +69,9 @@ def validate(
 ) -> Iterator[tuple[dict[str, float], list[Tensor]]]:
     """Of every held crop in turn: its figures, and pictures (LR, bicubic, one a preset, original) in 0..1.
 
-    Loss: as trained, at three noise levels, one deviation apart, and without noise where that is trained; PSNR-Y in dB
-    and LPIPS of each preset, beside bicubic. While the predictor or the detailer is trained: its loss and its picture
-    in their place.
+    Loss: as trained, at three noise levels, one deviation apart, and without noise where that is trained, on the first
+    picture of every preset; PSNR-Y in dB and LPIPS of each preset, beside bicubic. While the predictor or the detailer
+    is trained: its loss and its picture in their place.
     """
     loss = config.loss
     levels = [math.exp(loss.sigma_log_mean + loss.sigma_log_deviation * z) for z in (-1, 0, 1)]
@@ -91,20 +92,24 @@ def validate(
                 results["predicted"] = network.upsample(batch.low_res, margin, detail=1.0) / 2 + 0.5
             else:
                 noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(5)).to(original.device)
-                cases = [(f"{kind}_loss_{level:.3g}", level, batch.original + level * noise, False) for level in levels]
+                cases = [
+                    (f"{kind}_loss_{level:.3g}", batch, level, batch.original + level * noise, False, 0.0)
+                    for level in levels
+                ]
                 if loss.own_input:
                     cases += [
-                        (f"{kind}_own_loss_{level:.3g}", level, batch.upsampled + level * noise, True)
+                        (f"{kind}_own_loss_{level:.3g}", batch, level, batch.upsampled + level * noise, True, 0.0)
                         for level in levels
                         if level < loss.perceptual_below
                     ]
-                if loss.regression:
-                    cases.append((f"{kind}_loss_mean", network.config.sigma_max, batch.upsampled, False))
-                for name, level, noisy, is_own in cases:
+                for share in sorted({p.detail for p in network.config.presets.values()} if loss.regression else ()):
+                    first = with_prediction(given, network, share)
+                    name = f"{kind}_loss_mean" + (f"_{share:g}" if share else "")
+                    cases.append((name, first, network.config.sigma_max, first.upsampled, False, share))
+                ask = functools.partial(loss_at, network.denoise, network.config, loss)
+                for name, asked, level, noisy, is_own, share in cases:
                     sigma, own = (torch.tensor([x], device=original.device) for x in (level, is_own))
-                    figures[name] = float(
-                        loss_at(network.denoise, network.config, loss, batch, sigma, noisy, own, lpips)
-                    )
+                    figures[name] = float(ask(asked, sigma, noisy, own, lpips, detail=share))
                 low_res = batch.low_res.permute(0, 2, 3, 1) / 2 + 0.5
                 for preset in config.presets:
                     large = upscale(
