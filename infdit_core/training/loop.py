@@ -520,8 +520,10 @@ def _step(
                     losses = losses + condition_loss(state.network, batch, detailed)
                 sigma = torch.full_like(losses, given.sigma_max)  # the log calls it loss_mean
             else:
-                shares = [preset.detail for preset in given.presets.values()]
-                share = shares[int(torch.randint(len(shares), (), generator=generator, device=fabric.device))]
+                share = 0.0
+                if state.network.detailer is not None:  # of a preset at random
+                    drawn = torch.randint(len(given.presets), (), generator=generator, device=fabric.device)
+                    share = list(given.presets.values())[int(drawn)].detail
                 with fabric.autocast():
                     batch = with_prediction(batch, state.network, share)
                 losses, sigma = training_loss(model, given, config.loss, batch, generator, clip, lpips, share)

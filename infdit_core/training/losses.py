@@ -141,7 +141,8 @@ def condition_loss(network: InfDiT, batch: Batch, detailed: bool = False) -> Ten
 def with_prediction(batch: Batch, network: InfDiT, detail: float = 0.0) -> Batch:
     """The batch with the network's own first picture, where it has a predictor, in place of the bicubic one.
 
-    detail: the detailer's share of it."""
+    detail: the detailer's share of it.
+    """
     if network.predictor is None:
         return batch
     margin = batch.margin(network.config.scale)
