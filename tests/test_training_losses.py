@@ -18,6 +18,7 @@ from infdit_core.images import pad_by_reflection
 from infdit_core.infdit import InfDiT, InfDiTConfig
 from infdit_core.infdit.config import Preconditioning
 from infdit_core.metrics import Lpips
+from infdit_core.training import losses as training_losses
 from infdit_core.training.config import LossConfig
 from infdit_core.training.data import Batch, reduce
 from infdit_core.training.losses import (
@@ -301,7 +302,7 @@ def test_the_direction_reaches_the_network(batch: Batch, direction: Any) -> None
 def test_lpips_counts_below_its_noise_level_and_on_a_detailers_picture(
     batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infdit_core.training.losses.SCREEN", 0)  # LPIPS alone
+    monkeypatch.setattr(training_losses, "SCREEN", 0)  # LPIPS alone
     few = Batch(*(t[:64] for t in batch[:3]))
     config = replace(PLAIN, perceptual=2.0, perceptual_below=0.3, regression=0.25)
     seen: list[tuple[Tensor, Tensor]] = []
