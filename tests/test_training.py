@@ -743,7 +743,10 @@ def test_other_stages_keep_a_detailer_or_leave_it_behind(
     train(*tiny, *PREDICTOR, *DETAILER, start, f"out={tmp_path / 'detailer'}", "steps=2", RATE)
     start = f"start_from={tmp_path / 'detailer' / 'weights.safetensors'}"
     kept = weights(tmp_path / "detailer" / "weights.safetensors")
-    train(*tiny, *PREDICTOR, start, f"out={tmp_path / 'network'}", "steps=8")
+    train(*tiny, *PREDICTOR, start, f"out={tmp_path / 'by_squares'}", "steps=4")
+    assert len(seen) == 4 and not any(share for _, share in seen)
+    seen.clear()
+    train(*tiny, *PREDICTOR, start, f"out={tmp_path / 'network'}", "steps=8", "loss.perceptual=1", "lpips=[w]")
     (row,) = rows(tmp_path / "network" / "validation.csv")
     assert {"clean_loss_mean", "clean_loss_mean_0.7", "clean_loss_mean_0.9"} <= row.keys()
     network = load_infdit(tmp_path / "detailer" / "weights.safetensors")

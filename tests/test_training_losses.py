@@ -332,6 +332,9 @@ def test_lpips_counts_below_its_noise_level_and_on_a_detailers_picture(
     no_noise = sigma == NETWORK.sigma_max
     assert 0 < no_noise.sum() < (~judged).sum()
     assert torch.allclose(detailed, with_it + no_noise * 0.7)
+    monkeypatch.setattr(training_losses, "SCREEN", 1)  # what one low-resolution pixel holds repeats
+    repeated, _ = losses(config, [lpips])
+    assert torch.equal(repeated > with_it, judged)
 
 
 def test_overshoot_is_what_lies_beyond_the_surroundings() -> None:

@@ -39,7 +39,15 @@ from . import checkpoints
 from .config import TrainConfig, differences, parse, save
 from .data import Batch, Crops, PictureFile, Skipped, decodable, find_pictures, loader, reduce
 from .logs import Log
-from .losses import LossMeter, condition_loss, detail_loss, prediction_loss, training_loss, with_prediction
+from .losses import (
+    LossMeter,
+    condition_loss,
+    detail_loss,
+    detail_shares,
+    prediction_loss,
+    training_loss,
+    with_prediction,
+)
 from .optimizers import Centring, flatten_kernels, learning_rate, optimizers
 from .validation import Held, contact_sheet, held_crops, test, validate
 
@@ -520,10 +528,10 @@ def _step(
                     losses = losses + condition_loss(state.network, batch, detailed)
                 sigma = torch.full_like(losses, given.sigma_max)  # the log calls it loss_mean
             else:
-                share = 0.0
-                if state.network.detailer is not None:  # of a preset at random
-                    drawn = torch.randint(len(given.presets), (), generator=generator, device=fabric.device)
-                    share = list(given.presets.values())[int(drawn)].detail
+                shares = detail_shares(given, config.loss)
+                several = len(shares) > 1
+                drawn = torch.randint(len(shares), (), generator=generator, device=fabric.device) if several else 0
+                share = shares[int(drawn)]
                 with fabric.autocast():
                     batch = with_prediction(batch, state.network, share)
                 losses, sigma = training_loss(model, given, config.loss, batch, generator, clip, lpips, share)

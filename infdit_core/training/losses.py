@@ -137,6 +137,12 @@ def condition_loss(network: InfDiT, batch: Batch, detailed: bool = False) -> Ten
     return CONDITION * (condition[:, 0] - lost).abs()
 
 
+def detail_shares(network: InfDiTConfig, config: LossConfig) -> list[float]:
+    """The detailer's shares in the first pictures to learn on: those of the presets; without LPIPS none, for squared
+    errors alone would teach the network to smooth what the detailer adds."""
+    return sorted({preset.detail for preset in network.presets.values()}) if config.perceptual else [0.0]
+
+
 @torch.no_grad()
 def with_prediction(batch: Batch, network: InfDiT, detail: float = 0.0) -> Batch:
     """The batch with the network's own first picture, where it has a predictor, in place of the bicubic one.

@@ -20,7 +20,7 @@ from ..semantics import Clip
 from ..upscale import upscale
 from .config import DataConfig, TrainConfig
 from .data import Batch, Crops, PictureFile, looked_at, read_pixels, reduce
-from .losses import detail_loss, loss_at, prediction_loss, with_prediction
+from .losses import detail_loss, detail_shares, loss_at, prediction_loss, with_prediction
 
 
 class Held(NamedTuple):
@@ -69,9 +69,9 @@ def validate(
 ) -> Iterator[tuple[dict[str, float], list[Tensor]]]:
     """Of every held crop in turn: its figures, and pictures (LR, bicubic, one a preset, original) in 0..1.
 
-    Loss: as trained, at three noise levels, one deviation apart, and without noise where that is trained, on the first
-    picture of every preset; PSNR-Y in dB and LPIPS of each preset, beside bicubic. While the predictor or the detailer
-    is trained: its loss and its picture in their place.
+    Loss: as trained, at three noise levels, one deviation apart, and without noise where that is trained, with every
+    share of the detailer that is; PSNR-Y in dB and LPIPS of each preset, beside bicubic. While the predictor or the
+    detailer is trained: its loss and its picture in their place.
     """
     loss = config.loss
     levels = [math.exp(loss.sigma_log_mean + loss.sigma_log_deviation * z) for z in (-1, 0, 1)]
@@ -102,7 +102,7 @@ def validate(
                         for level in levels
                         if level < loss.perceptual_below
                     ]
-                for share in sorted({p.detail for p in network.config.presets.values()} if loss.regression else ()):
+                for share in detail_shares(network.config, loss) if loss.regression else ():
                     first = with_prediction(given, network, share)
                     name = f"{kind}_loss_mean" + (f"_{share:g}" if share else "")
                     cases.append((name, first, network.config.sigma_max, first.upsampled, False, share))
