@@ -100,15 +100,16 @@ def upscale(
     model: None loads the shipped default. scale or size (height, width; one may be None): how big the result is;
     a scale other than the network's is reached by whole passes, each resized to where the next one starts or to
     the result. semantic: (1 or B, semantic_size), a CLIP vector for every picture or one for all.
-    preset: faithful, balanced or detailed, as the weights define them; steps and start override it: start is the
-    sigma of the noise put on a first picture, the predictor's or without one the network's estimate, from where the
-    sampler takes `steps` steps; steps = 1 alone is that estimate, one evaluation from the largest sigma. sigmas: a
-    schedule of your own in their place, n + 1 falling values; one that starts below the weights' largest sigma
-    starts on the first picture. detail: share of the detailer in that picture, None: the preset's, or 0 beside steps,
-    start or sigmas, for a sampler brings details of its own. sampler: heun, euler, ddim or dpmpp_2m, or a function with
-    the signature of those, instead of the preset's. seed: every picture's own, so that it doesn't matter what else is
-    in the batch. tile: blocks a step, "auto" by free memory, None all at once; never changes the result. colour:
-    transfer from the input, "wavelet" the low frequencies, "mean" mean and deviation.
+    preset: faithful, balanced or detailed, as the weights define them; steps and start override it: start is the sigma
+    of the noise put on a first picture, the predictor's or without one the network's estimate, from where the sampler
+    takes `steps` steps; steps = 1 alone is that estimate, one evaluation from the largest sigma, and steps = 0 the
+    predictor's picture, without any. sigmas: a schedule of your own in their place, n + 1 falling values; one that
+    starts below the weights' largest sigma starts on the first picture. detail: share of the detailer in that picture,
+    None: the preset's, or 0 beside steps, start or sigmas, for a sampler brings details of its own. sampler: heun,
+    euler, ddim or dpmpp_2m, or a function with the signature of those, instead of the preset's. seed: every picture's
+    own, so that it doesn't matter what else is in the batch. tile: blocks a step, "auto" by free memory, None all at
+    once; never changes the result. colour: transfer from the input, "wavelet" the low frequencies, "mean" mean and
+    deviation.
     on_progress is called after every tile; what it raises stops the work.
 
     Returns (B, H', W', C) fp32 on image's device. Raises ValueError for what can't be done, MemoryError where no tile
@@ -202,15 +203,14 @@ def _say_ignored() -> None:
 
 
 class _Schedule(NamedTuple):
-    sigmas: Tensor
-    from_estimate: bool  # start from the estimate plus noise: nothing predicts a picture
-    only_estimate: bool  # nothing but that estimate
+    estimated: bool  # the first picture is the network's estimate, not what the predictor makes
+    sigmas: Tensor | None  # of the noise put on it, down to 0; None: that picture is the result
 
     def evaluations(self, sampler: Sampler) -> int:
         """How many it takes, counted on a single pixel: samplers differ, and may be a host's."""
-        if self.only_estimate:
-            return 1
-        calls = int(self.from_estimate)
+        calls = int(self.estimated)
+        if self.sigmas is None:
+            return calls
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             nonlocal calls
@@ -234,19 +234,20 @@ def _schedule(
                 f"{config.sigma_max:g} at the start, and at the end it must be 0, or noise would be left"
             )
         below = bool(sigmas[0] < config.sigma_max * (1 - 1e-4))
-        return _Schedule(sigmas, from_estimate=below and not config.predictor_depth, only_estimate=False)
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps is {steps}: at least 1 is needed")
+        return _Schedule(estimated=below and not config.predictor_depth, sigmas=sigmas)
     if start is not None and not config.sigma_min < start <= config.sigma_max:
         raise ValueError(
             f"start is {start}: these weights take a sigma above {config.sigma_min:g} and up to {config.sigma_max:g}"
         )
-    if start is None and steps != 1:
+    if start is None and steps not in (0, 1):
         start = preset.start
-    preset = replace(preset, steps=steps or preset.steps, start=start)
-    levels = preset.sigmas(config.sigma_min, config.sigma_max)
-    only_estimate = start is None and preset.steps == 1
-    return _Schedule(levels, start is not None and not config.predictor_depth, only_estimate)
+    if steps is None:
+        steps = preset.steps if start is None else max(1, preset.steps)
+    config.check_steps(steps, start)
+    if start is None and steps <= 1:
+        return _Schedule(estimated=steps == 1, sigmas=None)
+    levels = replace(preset, steps=steps, start=start).sigmas(config.sigma_min, config.sigma_max)
+    return _Schedule(estimated=start is not None and not config.predictor_depth, sigmas=levels)
 
 
 def pass_size(start: tuple[int, int], scale: int) -> tuple[int, int]:
@@ -312,13 +313,15 @@ def _enlarge(
         return denoised
 
     result = upsampled
-    if schedule.only_estimate or schedule.from_estimate:
+    if schedule.estimated:
         # A residual network is trained to answer no noise at sigma_max with the mean of all pictures that the
         # low resolution allows; in a picture network noise takes that place, as in the paper's start.
         if config.parametrisation == "picture":
             result = noise(result).mul_(config.sigma_max).add_(result)
         result = denoise(result, torch.tensor(config.sigma_max))
-    if not schedule.only_estimate:
+    elif schedule.sigmas is None:
+        evaluation.keep_to(x, result, lambda: on_tile(Progress(1, 1, result), part=0.0))
+    if schedule.sigmas is not None:
         result = noise(result).mul_(schedule.sigmas[0]).add_(result)
         result = sampler(denoise, result, schedule.sigmas, noise=noise)
     return result

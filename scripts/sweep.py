@@ -34,7 +34,12 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("originals", type=Path)
 parser.add_argument("--lpips", type=Path, required=True, help="LPIPS weights, of AlexNet or VGG16")
 parser.add_argument("--model", type=Path, help="weights file (the shipped default)")
-parser.add_argument("--details", nargs="*", type=float, help="of the estimate alone (0 to 1 where there is a detailer)")
+parser.add_argument(
+    "--details",
+    nargs="*",
+    type=float,
+    help="of the first picture and of the estimate (0 to 1 where there is a detailer)",
+)
 parser.add_argument("--starts", nargs="*", type=float, default=[0.4, 0.8, 1.2])
 parser.add_argument("--ends", nargs="*", type=float, default=[0.08, 0.12, 0.2], help="where the last step begins")
 parser.add_argument("--samplers", nargs="*", type=sampler_steps, default=[("euler", 2), ("euler", 3)])
@@ -68,8 +73,11 @@ table = csv.writer(options.csv.open("w", newline="", buffering=1)) if options.cs
 if table:
     table.writerow(["picture", "name", "start", "psnr_y", "lpips"])
 print("| start, or detail | end | sampler, steps | evaluations | PSNR-Y | LPIPS |\n|---|---|---|---|---|---|")
+alone = ["the first picture", "the estimate"]  # of so many steps
 settings: dict[tuple[str, str, str], dict[str, Any]] = {
-    (f"{share:g}", "", "the estimate"): {"steps": 1, "detail": share} for share in details
+    (f"{share:g}", "", alone[steps]): {"steps": steps, "detail": share}
+    for steps in ([0, 1] if model.config.predictor_depth else [1])
+    for share in details
 }
 for sampler, steps in options.samplers:
     for end in options.ends:

@@ -134,17 +134,43 @@ def test_what_is_around_a_crop_is_looked_at_and_cut_off(model: InfDiT, assert_cl
     assert_close(around, whole[:, :, 40:-40, 40:-40], 1e-5)
 
 
+def predicted_alone(model: InfDiT, image: torch.Tensor) -> torch.Tensor:
+    """The predicted picture, kept to the low resolution."""
+    small = image.permute(0, 3, 1, 2) * 2 - 1
+    expected = model.upsample(small)
+    keep_to(small, expected)
+    return expected.clamp(-1, 1).permute(0, 2, 3, 1) / 2 + 0.5
+
+
 def test_upscaling_starts_from_it(tiny_model: MakeModel, assert_close: CloseTo) -> None:
-    """A transformer that answers nothing leaves the predicted picture as the estimate, kept to the low resolution."""
+    """A transformer that answers nothing leaves it as the estimate."""
     model = tiny_model(**SIZES)
     model.final.weight.data.zero_()
     model.final.bias.data.zero_()
     image = torch.rand(1, 10, 7, 3, generator=torch.Generator().manual_seed(0))
-    small = image.permute(0, 3, 1, 2) * 2 - 1
-    expected = model.upsample(small)
-    keep_to(small, expected)
-    expected = expected.clamp(-1, 1).permute(0, 2, 3, 1) / 2 + 0.5
-    assert_close(upscale(image, model=model, scale=4, steps=1), expected, 1e-5)
+    assert_close(upscale(image, model=model, scale=4, steps=1), predicted_alone(model, image), 1e-5)
+
+
+def test_without_steps_it_is_the_result(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(**SIZES, presets={"faithful": Preset(0), "balanced": Preset(1)})
+    image = torch.rand(1, 10, 7, 3, generator=torch.Generator().manual_seed(0))
+    started, told = upscale(image, model=model, scale=4, steps=1, start=0.3), list[UpscaleProgress]()
+    assert torch.equal(upscale(image, model=model, scale=4, preset="faithful", start=0.3), started), "a start is kept"
+    with pytest.raises(ValueError, match="steps is 0: at least 1"):
+        upscale(image, model=model, scale=4, steps=0, start=0.3)
+    monkeypatch.setattr(InfDiT, "denoise", lambda *_, **__: pytest.fail("an evaluation"))
+    for asked in ({"steps": 0}, {"preset": "faithful"}):
+        result = upscale(image, model=model, scale=4, on_progress=told.append, **asked)
+        assert torch.equal(result, predicted_alone(model, image))
+    assert told[-1].fraction == told[-2].fraction == 1, "it can be stopped while it is kept to the low resolution"
+
+
+def test_without_a_predictor_steps_are_needed(tiny_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match=r"steps is 0.*no predictor"):
+        upscale(torch.rand(1, 4, 4, 3), model=tiny_model(), scale=4, steps=0)
+    with pytest.raises(ValueError, match=r"preset quick: steps is 0.*no predictor"):
+        InfDiTConfig(presets={"quick": Preset(0)}).check()
+    InfDiTConfig(predictor_width=6, predictor_depth=2, presets={"quick": Preset(0)}).check()
 
 
 def test_no_evaluation_is_spent_on_a_first_picture(tiny_model: MakeModel) -> None:

@@ -125,18 +125,22 @@ def test_sweep_counts_evaluations(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     save_file(alexnet, tmp_path / "alex.safetensors")
-    save_infdit(tmp_path / "tiny.safetensors", tiny_model(num_layers=1, parametrisation="residual", grids=2))
+    sizes = {"num_layers": 1, "predictor_width": 4, "predictor_depth": 1}
+    save_infdit(tmp_path / "tiny.safetensors", tiny_model(**sizes, parametrisation="residual", grids=2))
     weights = {"lpips": tmp_path / "alex.safetensors", "model": tmp_path / "tiny.safetensors"}
     tried = {"starts": 0.2, "ends": 0.05, "samplers": ["euler:2", "heun:2"]}
     run("sweep.py", photographs, **weights, **tried, csv=tmp_path / "sweep.csv")
     table = [line.split(" | ")[:4] for line in capsys.readouterr().out.splitlines()[2:]]
     assert table == [
+        ["| 0", "", "the first picture", "0"],
         ["| 0", "", "the estimate", "2"],
-        ["| 0.2", "0.05", "euler, 2", "6"],
-        ["| 0.2", "0.05", "heun, 2", "8"],
+        ["| 0.2", "0.05", "euler, 2", "4"],
+        ["| 0.2", "0.05", "heun, 2", "6"],
     ]
     assert [(row["name"], row["picture"]) for row in rows(tmp_path / "sweep.csv")] == [
-        (name, str(n)) for name in ("the estimate", "euler, 2, end 0.05", "heun, 2, end 0.05") for n in range(4)
+        (name, str(n))
+        for name in ("the first picture", "the estimate", "euler, 2, end 0.05", "heun, 2, end 0.05")
+        for n in range(4)
     ]
 
 

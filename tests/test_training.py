@@ -1104,7 +1104,6 @@ def test_validation_measures_every_kind_at_three_levels(whole: Path) -> None:
 
 def test_validation_asks_what_training_asks(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "load_lpips", lambda path, device: lambda a, b: torch.full((len(a),), 0.125))
-    monkeypatch.setattr(losses, "SCREEN", 0)  # LPIPS alone
     asked: list[tuple[Batch, Tensor, Tensor, Tensor, float]] = []
     real = validation.loss_at
 
@@ -1115,7 +1114,7 @@ def test_validation_asks_what_training_asks(tiny: list[str], tmp_path: Path, mon
 
     monkeypatch.setattr(validation, "loss_at", seen)
     arguments = [*tiny, *PLAIN, "steps=1", "data.crop=64", "lpips=[alex.safetensors]", "loss.perceptual_below=0.2"]
-    train(*arguments, "loss.perceptual=4", "loss.own_input=0.5", "loss.overshoot=3", f"out={tmp_path}")
+    train(*arguments, "loss.perceptual=4", "loss.own_input=0.5", "loss.screen=0", "loss.overshoot=3", f"out={tmp_path}")
     (row,) = rows(tmp_path / "validation.csv")
     found = {key: float(value) for key, value in row.items() if "_loss_" in key}
     low, middle, high = (np.exp(-2.4 + 1.2 * z) for z in (-1, 0, 1))

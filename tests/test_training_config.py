@@ -153,7 +153,7 @@ def test_differences_name_what_changed() -> None:
         (["optimizer.kind=muon", "strategy=fsdp"], r"optimizer\.kind=adamw"),
         (["network=null"], "start_from"),
         (["network.hidden_size=30"], "hidden size 30"),
-        (["network.presets={fast: {steps: 0}}"], "preset"),
+        (["network.presets={fast: {steps: 0}}"], "preset fast: steps is 0"),
         (["network.presets={fast: {start: 0.1}}"], r"network\.presets\.fast\.steps"),
     ],
 )

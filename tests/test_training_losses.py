@@ -18,13 +18,11 @@ from infdit_core.images import pad_by_reflection
 from infdit_core.infdit import InfDiT, InfDiTConfig
 from infdit_core.infdit.config import Preconditioning
 from infdit_core.metrics import Lpips
-from infdit_core.training import losses as training_losses
 from infdit_core.training.config import LossConfig
 from infdit_core.training.data import Batch, reduce
 from infdit_core.training.losses import (
     CONDITION,
     NEAR_ENOUGH,
-    SCREEN,
     LossMeter,
     blended,
     condition_loss,
@@ -183,7 +181,7 @@ def test_a_detailer_is_judged_by_lpips_overshoot_and_what_repeats() -> None:
     shuffled = repeated.flatten(2)[:, :, torch.randperm(32 * 32, generator=random)].view_as(repeated)
     more = loss_of(original + repeated) - loss_of(original + shuffled)
     torch.testing.assert_close(
-        more, (config.perceptual * SCREEN * levels.var(correction=0)).expand(2), atol=0.02, rtol=0.1
+        more, (config.perceptual * config.screen * levels.var(correction=0)).expand(2), atol=0.02, rtol=0.1
     )
 
 
@@ -299,12 +297,9 @@ def test_the_direction_reaches_the_network(batch: Batch, direction: Any) -> None
     assert ask(batch, replace(PLAIN, direction=direction))[2]["direction"] == direction
 
 
-def test_lpips_counts_below_its_noise_level_and_on_a_detailers_picture(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training_losses, "SCREEN", 0)  # LPIPS alone
+def test_lpips_counts_below_its_noise_level_and_on_a_detailers_picture(batch: Batch) -> None:
     few = Batch(*(t[:64] for t in batch[:3]))
-    config = replace(PLAIN, perceptual=2.0, perceptual_below=0.3, regression=0.25)
+    config = replace(PLAIN, perceptual=2.0, perceptual_below=0.3, screen=0.0, regression=0.25)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def lpips(x: Tensor, original: Tensor) -> Tensor:
@@ -332,8 +327,7 @@ def test_lpips_counts_below_its_noise_level_and_on_a_detailers_picture(
     no_noise = sigma == NETWORK.sigma_max
     assert 0 < no_noise.sum() < (~judged).sum()
     assert torch.allclose(detailed, with_it + no_noise * 0.7)
-    monkeypatch.setattr(training_losses, "SCREEN", 1)  # what one low-resolution pixel holds repeats
-    repeated, _ = losses(config, [lpips])
+    repeated, _ = losses(replace(config, screen=1.0), [lpips])  # what one low-resolution pixel holds repeats
     assert torch.equal(repeated > with_it, judged)
 
 

@@ -18,8 +18,8 @@ class Preset:
 
     start: sigma of the noise put on a first picture, from where `steps` steps of a sampler go down: the
     predictor's, or without one the network's estimate. None: a run from sigma_max, which with one step is that
-    estimate itself. end: sigma where the last step begins; None: sigma_min. detail: share of the detailer in the
-    picture that is refined, the rest is the predictor's.
+    estimate itself, and with none the predictor's picture. end: sigma where the last step begins; None: sigma_min.
+    detail: share of the detailer in the picture that is refined, the rest is the predictor's.
     """
 
     steps: int
@@ -29,8 +29,9 @@ class Preset:
     detail: float = 0.0
 
     def describe(self) -> str:
-        if self.start is None and self.steps == 1:
-            return "the estimate alone" + (f", detail {self.detail:g}" if self.detail else "")
+        if self.start is None and self.steps <= 1:
+            alone = "the estimate alone" if self.steps else "the predictor's picture alone"
+            return alone + (f", detail {self.detail:g}" if self.detail else "")
         start = "the largest sigma" if self.start is None else f"sigma {self.start:g}"
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of {self.sampler} from {start}"
         steps += "" if self.end is None else f", the last from {self.end:g}"
@@ -46,7 +47,7 @@ class Preset:
 # For files that say nothing, the published ones: the paper samples 20 steps from sigma_max.
 PUBLISHED_PRESETS = {"faithful": Preset(1), "balanced": Preset(20), "detailed": Preset(40)}
 # Of networks that get a detailer.
-DETAILER_PRESETS = {"faithful": Preset(1), "balanced": Preset(1, detail=0.7), "detailed": Preset(1, detail=0.9)}
+DETAILER_PRESETS = {"faithful": Preset(0), "balanced": Preset(1, detail=0.7), "detailed": Preset(1, detail=0.9)}
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,12 @@ class InfDiTConfig:
             )
         if self.grids not in (1, 2):
             raise ValueError(f"grids is {self.grids}: it must be 1 or 2")
-        if any(preset.steps < 1 for preset in self.presets.values()):
-            raise ValueError("a preset needs at least one step")
-        for preset in self.presets.values():
-            self.check_detail(preset.detail)
+        for name, preset in self.presets.items():
+            try:
+                self.check_steps(preset.steps, preset.start)
+                self.check_detail(preset.detail)
+            except ValueError as error:
+                raise ValueError(f"preset {name}: {error}") from error
         starts = [preset.start for preset in self.presets.values() if preset.start is not None]
         if not all(self.sigma_min < start <= self.sigma_max for start in starts):
             raise ValueError(f"a preset's start must lie above sigma_min and up to sigma_max, not {starts}")
@@ -158,6 +161,13 @@ class InfDiTConfig:
                 f"block size {self.block_size} must be a multiple of the patch size {self.patch_size} "
                 f"and of {LR_PATCH_SIZE} low-resolution pixels ({self.scale * LR_PATCH_SIZE})"
             )
+
+    def check_steps(self, steps: int, start: float | None) -> None:
+        """Raise ValueError for a number of steps that can't be taken from a sigma, or from where there is none."""
+        if steps < 0 or (steps == 0 and start is not None):
+            raise ValueError(f"steps is {steps}: at least {0 if start is None else 1} is needed")
+        if steps == 0 and not self.predictor_depth:
+            raise ValueError("steps is 0: these weights have no predictor, so at least 1 is needed")
 
     def check_detail(self, detail: float) -> None:
         """Raise ValueError for a share that there can't be of the detailer."""

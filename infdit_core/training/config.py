@@ -49,6 +49,7 @@ class LossConfig:
     # share of the first picture; for a detailer's own picture 1.
     perceptual: float = 0.0
     perceptual_below: float = 0.3  # sigma of what counts as little
+    screen: float = 60.0  # how much a pattern counts beside LPIPS that repeats in every low-resolution pixel
     own_input: float = 0.0  # share of samples: little noise is added to the upsampled picture, as a sampler does it;
     # without `perceptual` they learn the mean
     # By so much more an error counts beyond what the original holds near by; a detailer's: times its square, beside the
@@ -128,7 +129,7 @@ class TrainConfig:
         amounts: dict[str, float] = {"seed": self.seed, "pictures": self.pictures, "lora.rank": self.lora.rank}
         amounts |= {f"data.{key}": getattr(self.data, key) for key in ("workers", "cache")}
         amounts |= {f"optimizer.{key}": getattr(self.optimizer, key) for key in ("weight_decay", "warmup")}
-        of_loss = ("sigma_log_deviation", "perceptual", "overshoot")
+        of_loss = ("sigma_log_deviation", "perceptual", "screen", "overshoot")
         amounts |= {f"loss.{key}": getattr(self.loss, key) for key in of_loss}
         for key, value in amounts.items():
             if not value >= 0:

@@ -35,7 +35,6 @@ def v_weight(sigma: Tensor) -> Tensor:
 
 
 CONDITION = 0.1  # what an error of the condition counts beside the logarithm of the picture's
-SCREEN = 60  # what a pattern that repeats in every low-resolution pixel counts beside LPIPS
 # A mean squared error, for pictures in [-1, 1], that is near enough: a PSNR of 46 dB.
 NEAR_ENOUGH = 1e-4
 
@@ -89,17 +88,24 @@ def detail_loss(
     if config.overshoot:
         outside = overshoot(picture, batch.original, 2 * scale).pow(config.power).flatten(1).mean(1)
         losses = losses + config.overshoot * outside
-    return losses + config.perceptual * _unlike(picture, batch.original, scale, lpips, shift)
+    return losses + config.perceptual * _unlike(picture, batch.original, scale, config, lpips, shift)
 
 
-def _unlike(picture: Tensor, original: Tensor, scale: int, lpips: Sequence[Lpips], shift: tuple[int, int]) -> Tensor:
+def _unlike(
+    picture: Tensor,
+    original: Tensor,
+    scale: int,
+    config: LossConfig,
+    lpips: Sequence[Lpips],
+    shift: tuple[int, int],
+) -> Tensor:
     """How unlike (B,) two pictures look: LPIPS, and what repeats in every low-resolution pixel, which it hardly sees.
 
     Both move by `shift` pixels before LPIPS, which doesn't see every pixel alike.
     """
     top, left = shift
     pair = [t[:, :, top:, left:] / 2 + 0.5 for t in (picture, original)]
-    return sum((judge(*pair) for judge in lpips), SCREEN * _repeated(picture - original, scale))
+    return sum((judge(*pair) for judge in lpips), config.screen * _repeated(picture - original, scale))
 
 
 def _repeated(x: Tensor, scale: int) -> Tensor:
@@ -217,7 +223,7 @@ def loss_at(
     strength = torch.where(little, sigma / config.perceptual_below, torch.where(sigma < network.sigma_max, 0, detail))
     judged = strength > 0
     if lpips and config.perceptual and judged.any():
-        unlike = _unlike(denoised[judged], original[judged], network.scale, lpips, shift)
+        unlike = _unlike(denoised[judged], original[judged], network.scale, config, lpips, shift)
         losses = losses.index_add(0, judged.nonzero()[:, 0], config.perceptual * strength[judged] * unlike)
     return losses
 
