@@ -37,7 +37,7 @@ def test_they_are_small_and_say_what_they_are() -> None:
     config = load_infdit().config
     assert config.parametrisation == "residual" and list(config.presets) == ["faithful", "balanced", "detailed"]
     # Nothing is drawn: the node for everyone has no seed.
-    assert all(preset.start is None and preset.steps == 1 for preset in config.presets.values())
+    assert all(preset.start is None and preset.steps <= 1 for preset in config.presets.values())
 
 
 def test_faithful_is_nearer_to_the_original_than_bicubic(pictures: dict[str, Tensor]) -> None:

@@ -215,16 +215,16 @@ def native_takes_batches_transparency_and_any_size(h: Any) -> None:
 def partial_loading_changes_nothing(h: Any) -> None:
     """As on a card too small for the weights: modules left behind cast theirs at use."""
     image = picture(16, 24)
-    for name in (h.shipped, "picture.safetensors"):
+    for name, preset in ((h.shipped, "balanced"), ("picture.safetensors", "faithful")):  # one evaluation
         model = h.model(name)
-        settings = TILED | {"preset": "faithful", "tile": 1}
+        settings = TILED | {"preset": preset, "tile": 1}
         whole = h.run("InfDiTUpscaleTiled", model=model, image=image, **settings)
         model.detach()
         model.load(h.torch.device("cpu"), lowvram_model_memory=1000)
         network = model.model.diffusion_model
         casting = [m for m in network.modules() if getattr(m, "comfy_cast_weights", False)]
         assert len(casting) > 5, "nothing was left behind"
-        found = h.core.upscale(image, model=network, scale=4.0, preset="faithful", seed=3, tile=1)
+        found = h.core.upscale(image, model=network, scale=4.0, preset=preset, seed=3, tile=1)
         close(found, whole, 0)
         model.detach()
 
@@ -232,10 +232,10 @@ def partial_loading_changes_nothing(h: Any) -> None:
 @check
 def precisions(h: Any) -> None:
     image = picture(16, 16)
-    exact = h.run("InfDiTUpscaleTiled", model=h.model(h.shipped, "fp32"), image=image, **TILED | {"preset": "faithful"})
+    exact = h.run("InfDiTUpscaleTiled", model=h.model(h.shipped, "fp32"), image=image, **TILED)
     for precision, tolerance in [("auto", 0.02), ("bf16", 0.02), ("fp16", 0.02), ("fp8", 0.1)]:
         model = h.model(h.shipped, precision)
-        found = h.run("InfDiTUpscaleTiled", model=model, image=image, **TILED | {"preset": "faithful"})
+        found = h.run("InfDiTUpscaleTiled", model=model, image=image, **TILED)
         close(found, exact, tolerance)
         kinds = {p.dtype for p in model.model.diffusion_model.parameters()}
         assert precision == "auto" or h.host.PRECISIONS[precision] in kinds, (precision, kinds)
@@ -336,9 +336,7 @@ def progress_grows_and_shows_the_picture(h: Any) -> None:
     seen: list[tuple[float, float, Any]] = []
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((value, total, preview)))
     try:
-        h.run(
-            "InfDiTUpscaleTiled", model=h.default(), image=picture(20, 150), **TILED | {"preset": "faithful", "tile": 1}
-        )
+        h.run("InfDiTUpscaleTiled", model=h.default(), image=picture(20, 150), **TILED | {"tile": 1})
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     values = [value for value, _, _ in seen]
@@ -357,7 +355,7 @@ def nothing_is_left_behind(h: Any) -> None:
         return sum(isinstance(o, h.torch.Tensor) and o.numel() > 50_000 for o in gc.get_objects())
 
     before, state = large(), h.torch.get_rng_state()
-    h.run("InfDiTUpscaleTiled", model=model, image=picture(36, 36), **TILED | {"preset": "faithful", "tile": 1})
+    h.run("InfDiTUpscaleTiled", model=model, image=picture(36, 36), **TILED | {"tile": 1})
     assert large() <= before
     assert h.torch.equal(h.torch.get_rng_state(), state)
 
@@ -653,8 +651,8 @@ def measure(h: Any) -> None:
     image, cpu = picture(135, 240), h.torch.device("cpu")
     model, network = h.default(), h.core.load_infdit()
     ways = {
-        "library": lambda: h.core.upscale(image, model=network, scale=4.0, seed=3, preset="faithful"),
-        "node": lambda: h.run("InfDiTUpscaleTiled", model=model, image=image, **TILED | {"preset": "faithful"}),
+        "library": lambda: h.core.upscale(image, model=network, scale=4.0, seed=3),
+        "node": lambda: h.run("InfDiTUpscaleTiled", model=model, image=image, **TILED),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, list[float]] = {name: [] for name in ways}
