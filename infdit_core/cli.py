@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--height", type=int, help="of the result, in pixels; alone, the other side follows the aspect")
     sub.add_argument("--model", default="default", help="weights file (the shipped default)")
     sub.add_argument("--preset", default="balanced", help="faithful, balanced or detailed (balanced)")
-    sub.add_argument("--steps", type=int, help="sampler steps instead of the preset's; 0: the predictor's picture")
+    sub.add_argument(
+        "--steps", type=int, help="sampler steps instead of the preset's; 0: the predictor's picture, if any"
+    )
     sub.add_argument("--start", type=_number, metavar="SIGMA", help="noise to start from instead of the preset's")
     sub.add_argument("--detail", type=float, metavar="SHARE", help="of the detailer, 0 to 1, instead of the preset's")
     sub.add_argument("--sampler", help="heun, euler, ddim or dpmpp_2m instead of the preset's")

@@ -319,7 +319,7 @@ def _enlarge(
         if config.parametrisation == "picture":
             result = noise(result).mul_(config.sigma_max).add_(result)
         result = denoise(result, torch.tensor(config.sigma_max))
-    elif schedule.sigmas is None:
+    elif schedule.sigmas is None and config.parametrisation == "residual":
         evaluation.keep_to(x, result, lambda: on_tile(Progress(1, 1, result), part=0.0))
     if schedule.sigmas is not None:
         result = noise(result).mul_(schedule.sigmas[0]).add_(result)

@@ -164,10 +164,11 @@ class InfDiTConfig:
 
     def check_steps(self, steps: int, start: float | None) -> None:
         """Raise ValueError for a number of steps that can't be taken from a sigma, or from where there is none."""
-        if steps < 0 or (steps == 0 and start is not None):
-            raise ValueError(f"steps is {steps}: at least {0 if start is None else 1} is needed")
         if steps == 0 and not self.predictor_depth:
             raise ValueError("steps is 0: these weights have no predictor, so at least 1 is needed")
+        least = 0 if start is None and self.predictor_depth else 1
+        if steps < least:
+            raise ValueError(f"steps is {steps}: at least {least} is needed")
 
     def check_detail(self, detail: float) -> None:
         """Raise ValueError for a share that there can't be of the detailer."""
